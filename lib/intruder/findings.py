@@ -1,0 +1,219 @@
+"""From records to the numbers a page states: counts per run, mean and spread over seeds, and what may be concluded.
+
+Pages hold no arithmetic. They call these functions, which call `count_intruders` and nothing cleverer, so a table, a
+sentence, a slider and the command line cannot disagree. Needs numpy and pandas only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .errors import InputError
+from .intruders import count_intruders
+
+METHODS = ("head", "full", "lora")
+# 97.5 % points of Student's t for 1 to 30 degrees of freedom; beyond 30 the last one errs on the safe side
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+           2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+@dataclass(frozen=True)
+class RunSpectra:
+    """The max cosines m_j of one run, matrix by matrix, with those of its matched random null.
+
+    cosines[a] and nulls[a] are (n_a,) float64 arrays for the matrix names[a], in order of falling singular value.
+    """
+
+    preset: str
+    task: str
+    label: str
+    method: str
+    rank: int | None
+    seed: int
+    names: tuple[str, ...]
+    cosines: tuple[np.ndarray, ...]
+    nulls: tuple[np.ndarray, ...]
+
+    @property
+    def source(self) -> str:
+        """Preset and task as one phrase: `nano · nli`."""
+        return f"{self.preset} · {self.task}"
+
+    @property
+    def depth(self) -> int:
+        """The largest k that every matrix of the run has vectors for."""
+        return min(len(cosines) for cosines in self.cosines)
+
+    def slots(self, k: int = 10) -> int:
+        """How many vectors are examined: k in each matrix, so the ceiling of the count."""
+        return k * len(self.names)
+
+    def count(self, epsilon: float = 0.5, k: int = 10) -> int:
+        """Intruder dimensions of the whole run: the sum over matrices of #{j <= k : m_j < epsilon} (Algorithm 1)."""
+        return sum(count_intruders(cosines, epsilon=epsilon, k=k) for cosines in self.cosines)
+
+    def null_count(self, epsilon: float = 0.5, k: int = 10) -> int:
+        """The same count for W0 plus an update with this run's singular values and random directions."""
+        return sum(count_intruders(cosines, epsilon=epsilon, k=k) for cosines in self.nulls)
+
+
+def label_order(label: str) -> tuple[int, int, str]:
+    """Sort key for labels: head, full, then LoRA by rank; anything else last."""
+    method, _, tail = label.partition("-r")
+    digits = tail.split("-")[0]
+    return METHODS.index(method) if method in METHODS else len(METHODS), int(digits) if digits.isdigit() else 0, label
+
+
+def label_text(label: str) -> str:
+    """The name a reader sees: `full` becomes "full fine-tuning", `lora-r8` becomes "LoRA r = 8"."""
+    named = {"full": "full fine-tuning", "head": "head only"}
+    method, _, tail = label.partition("-r")
+    rank, _, rest = tail.partition("-")
+    if method == "lora" and rank.isdigit():
+        return f"LoRA r = {rank}" + (f" ({rest})" if rest else "")
+    return named.get(label, label)
+
+
+def runs_of(spectra: pd.DataFrame, preset: str | None = None, task: str | None = None) -> list[RunSpectra]:
+    """One `RunSpectra` for every run in a table of `load_spectra`, ordered by preset, task, label and seed.
+
+    Cosines become float64, so that a comparison with epsilon means the same here, in `count_intruders` and in the
+    browser. Raises InputError where a preset or task is asked for that the table does not hold.
+    """
+    for column, wanted in (("preset", preset), ("task", task)):
+        held = sorted(spectra[column].unique())
+        if wanted is not None and wanted not in held:
+            raise InputError(f"{column} {wanted!r}: the records hold {', '.join(map(repr, held)) or 'none'}; name one of those")
+        spectra = spectra if wanted is None else spectra[spectra[column] == wanted]
+    keys = ["preset", "task", "run", "method", "rank", "seed"]
+    found = [_one_run(dict(zip(keys, key)), rows) for key, rows in spectra.groupby(keys, dropna=False, sort=False)]
+    return sorted(found, key=lambda run: (run.preset, run.task, label_order(run.label), run.seed))
+
+
+def _one_run(key: dict, rows: pd.DataFrame) -> RunSpectra:
+    rows = rows.sort_values(["matrix", "index"], kind="stable")
+    groups = [(str(name), part) for name, part in rows.groupby("matrix", sort=False)]
+    columns = {name: tuple(part[name].to_numpy(np.float64) for _, part in groups)
+               for name in ("max_cosine", "null_max_cosine")}
+    rank = None if pd.isna(key["rank"]) else int(key["rank"])
+    return RunSpectra(str(key["preset"]), str(key["task"]), str(key["run"]).rsplit("-s", 1)[0], str(key["method"]), rank,
+                      int(key["seed"]), tuple(name for name, _ in groups), columns["max_cosine"], columns["null_max_cosine"])
+
+
+def live_run(label: str, spectra: pd.DataFrame, preset: str = "live", task: str = "live", seed: int = 0) -> RunSpectra:
+    """A run that is not on disk yet, from the table that `measure_pairs` returns, under a label of the reader's."""
+    keys = {"preset": preset, "task": task, "run": f"{label}-s{seed}", "method": "live", "rank": None, "seed": seed}
+    return _one_run(keys, spectra)
+
+
+def count_frame(runs: Iterable[RunSpectra], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
+    """One row per run: source, label, seed, its count, its null's count and the number of vectors examined."""
+    rows = [(run.source, run.label, run.seed, run.count(epsilon, k), run.null_count(epsilon, k), run.slots(k)) for run in runs]
+    return pd.DataFrame(rows, columns=["source", "label", "seed", "count", "null", "slots"])
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± standard deviation (n - 1 in the denominator) as text; a single value stands alone; none gives a dash."""
+    values = np.asarray([value for value in values if value is not None and not pd.isna(value)], dtype=float)
+    if len(values) == 0:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+class Comparison(NamedTuple):
+    """Mean of a minus mean of b, its 95 % interval, and the word the interval permits: more, fewer or unclear."""
+
+    difference: float
+    low: float
+    high: float
+    word: str
+
+
+def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
+    """Welch's 95 % interval for mean(a) - mean(b), the two samples being seeds of two methods.
+
+    The word is "more" or "fewer" where the interval excludes zero and "unclear" otherwise. With fewer than two values
+    on a side there is no spread to judge by: the interval is infinite and the word "unclear". Where neither sample
+    varies at all the interval is the difference itself.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if len(a) < 2 or len(b) < 2:
+        difference = float(a.mean() - b.mean()) if len(a) and len(b) else float("nan")
+        return Comparison(difference, float("-inf"), float("inf"), "unclear")
+    difference = float(a.mean() - b.mean())
+    share_a, share_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    error = float(np.sqrt(share_a + share_b))
+    freedom = (share_a + share_b) ** 2 / (share_a**2 / (len(a) - 1) + share_b**2 / (len(b) - 1)) if error else 1.0
+    half = STUDENT[int(np.clip(freedom, 1, len(STUDENT))) - 1] * error
+    low, high = difference - half, difference + half
+    return Comparison(difference, low, high, "more" if low > 0 else "fewer" if high < 0 else "unclear")
+
+
+def count_table(runs: Sequence[RunSpectra], epsilons: Sequence[float] = (0.3, 0.5, 0.7, 0.9), k: int = 10) -> pd.DataFrame:
+    """Rows: methods. Columns: epsilon. Cells: mean ± sd of the count over seeds, then the matched null's mean."""
+    frames = {epsilon: count_frame(runs, epsilon, k).groupby("label") for epsilon in epsilons}
+    labels = sorted({run.label for run in runs}, key=label_order)
+    cells = [[f"{spread(frame.get_group(label)['count'])}  (null {frame.get_group(label)['null'].mean():.1f})"
+              for frame in frames.values()] for label in labels]
+    seeds = [sum(run.label == label for run in runs) for label in labels]
+    table = pd.DataFrame(cells, columns=[f"ε = {epsilon}" for epsilon in epsilons])
+    table.insert(0, "seeds", seeds)
+    return table.set_axis(pd.Index([label_text(label) for label in labels], name=f"k = {k}"))
+
+
+def accuracy_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """Rows: methods. Columns: tasks of the preset, after the majority class. Cells: test accuracy in per cent, mean ± sd."""
+    part = summary[summary["preset"] == preset]
+    tasks = sorted(part["task"].unique())
+    labels = sorted(part["label"].unique(), key=label_order)
+    cells = {task: [spread(100 * part[part["task"] == task]["majority_accuracy"].iloc[:1])]
+             + [spread(100 * part[(part["task"] == task) & (part["label"] == label)]["test_accuracy"]) for label in labels]
+             for task in tasks}
+    return pd.DataFrame(cells, index=pd.Index(["majority class", *map(label_text, labels)], name="test accuracy, %"))
+
+
+def say_counts(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> str:
+    """A Markdown list, one line per method: its count over seeds, against its matched null and against full fine-tuning.
+
+    Every number and every word comes from the runs, so the sentence stays true whichever way they went.
+    """
+    frame = count_frame(runs, epsilon, k)
+    full = frame[frame["label"] == "full"]["count"]
+    lines = []
+    for label in sorted(frame["label"].unique(), key=label_order):
+        part = frame[frame["label"] == label]
+        line = (f"- **{label_text(label)}**: {spread(part['count'])} of {part['slots'].iloc[0]} vectors "
+                f"(n = {len(part)}); matched null {spread(part['null'])}{_verdict(part['count'], part['null'], 'its null')}")
+        lines.append(line + (_verdict(part["count"], full, "full fine-tuning") if label != "full" and len(full) else "") + ".")
+    return "\n".join(lines)
+
+
+def _verdict(a: Sequence[float], b: Sequence[float], name: str) -> str:
+    result = compare(a, b)
+    if not np.isfinite(result.low):
+        return f"; one seed only, so no comparison with {name}"
+    interval = f"difference {result.difference:+.1f}, 95 % interval {result.low:+.1f} to {result.high:+.1f}"
+    words = {"more": f"more than {name}", "fewer": f"fewer than {name}", "unclear": f"no clear difference from {name}"}
+    return f"; {words[result.word]} ({interval})"
+
+
+def say_gap(summary: pd.DataFrame, preset: str, points: float = 2.0) -> str:
+    """A Markdown list, one line per task: which LoRA ranks are within so many points of full fine-tuning, which are not."""
+    lines = []
+    for task, part in summary[summary["preset"] == preset].groupby("task"):
+        means = 100 * part.groupby("label")["test_accuracy"].mean()
+        if "full" not in means:
+            continue
+        gaps = {label: means[label] - means["full"] for label in sorted(means.index, key=label_order) if label.startswith("lora")}
+        near = [label_text(label) for label, gap in gaps.items() if abs(gap) <= points]
+        far = [f"{label_text(label)} ({gap:+.1f})" for label, gap in gaps.items() if abs(gap) > points]
+        lines.append(f"- **{preset} · {task}**: full fine-tuning {means['full']:.1f} %. Within {points:g} points: "
+                     f"{', '.join(near) or 'none'}. Further away: {', '.join(far) or 'none'}.")
+    return "\n".join(lines)
