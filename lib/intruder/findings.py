@@ -6,7 +6,7 @@ sentence, a slider and the command line cannot disagree. Needs numpy and pandas 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,8 +15,10 @@ import pandas as pd
 
 from .errors import InputError
 from .intruders import count_intruders
+from .schema import RunRecord
 
 METHODS = ("head", "full", "lora")
+EPSILONS = (0.3, 0.5, 0.7, 0.9)
 # 97.5 % points of Student's t for 1 to 30 degrees of freedom; beyond 30 the last one errs on the safe side
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -88,7 +90,9 @@ def runs_of(spectra: pd.DataFrame, preset: str | None = None, task: str | None =
     for column, wanted in (("preset", preset), ("task", task)):
         held = sorted(spectra[column].unique())
         if wanted is not None and wanted not in held:
-            raise InputError(f"{column} {wanted!r}: the records hold {', '.join(map(repr, held)) or 'none'}; name one of those")
+            names = ", ".join(map(repr, held)) or "none yet"
+            raise InputError(f"{column} {wanted!r} has no spectra; wanted one of {names}: "
+                             "call runs_of(load_spectra(folder), preset, task)")
         spectra = spectra if wanted is None else spectra[spectra[column] == wanted]
     keys = ["preset", "task", "run", "method", "rank", "seed"]
     found = [_one_run(dict(zip(keys, key)), rows) for key, rows in spectra.groupby(keys, dropna=False, sort=False)]
@@ -101,8 +105,10 @@ def _one_run(key: dict, rows: pd.DataFrame) -> RunSpectra:
     columns = {name: tuple(part[name].to_numpy(np.float64) for _, part in groups)
                for name in ("max_cosine", "null_max_cosine")}
     rank = None if pd.isna(key["rank"]) else int(key["rank"])
-    return RunSpectra(str(key["preset"]), str(key["task"]), str(key["run"]).rsplit("-s", 1)[0], str(key["method"]), rank,
-                      int(key["seed"]), tuple(name for name, _ in groups), columns["max_cosine"], columns["null_max_cosine"])
+    return RunSpectra(
+        preset=str(key["preset"]), task=str(key["task"]), label=str(key["run"]).rsplit("-s", 1)[0],
+        method=str(key["method"]), rank=rank, seed=int(key["seed"]), names=tuple(name for name, _ in groups),
+        cosines=columns["max_cosine"], nulls=columns["null_max_cosine"])
 
 
 def live_run(label: str, spectra: pd.DataFrame, preset: str = "live", task: str = "live", seed: int = 0) -> RunSpectra:
@@ -113,7 +119,8 @@ def live_run(label: str, spectra: pd.DataFrame, preset: str = "live", task: str 
 
 def count_frame(runs: Iterable[RunSpectra], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
     """One row per run: source, label, seed, its count, its null's count and the number of vectors examined."""
-    rows = [(run.source, run.label, run.seed, run.count(epsilon, k), run.null_count(epsilon, k), run.slots(k)) for run in runs]
+    rows = [(run.source, run.label, run.seed, run.count(epsilon, k), run.null_count(epsilon, k), run.slots(k))
+            for run in runs]
     return pd.DataFrame(rows, columns=["source", "label", "seed", "count", "null", "slots"])
 
 
@@ -156,64 +163,88 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
     return Comparison(difference, low, high, "more" if low > 0 else "fewer" if high < 0 else "unclear")
 
 
-def count_table(runs: Sequence[RunSpectra], epsilons: Sequence[float] = (0.3, 0.5, 0.7, 0.9), k: int = 10) -> pd.DataFrame:
-    """Rows: methods. Columns: epsilon. Cells: mean ± sd of the count over seeds, then the matched null's mean."""
+def count_table(runs: Sequence[RunSpectra], epsilons: Sequence[float] = EPSILONS, k: int = 10) -> pd.DataFrame:
+    """Rows: methods. Columns: epsilon. Cells: mean ± sd of the count over seeds, then the matched null's mean.
+
+    The runs are of one preset and task; otherwise InputError, since their totals are over different matrices or data.
+    """
+    one_source(runs)
     frames = {epsilon: count_frame(runs, epsilon, k).groupby("label") for epsilon in epsilons}
     labels = sorted({run.label for run in runs}, key=label_order)
     cells = [[f"{spread(frame.get_group(label)['count'])}  (null {frame.get_group(label)['null'].mean():.1f})"
               for frame in frames.values()] for label in labels]
     seeds = [sum(run.label == label for run in runs) for label in labels]
-    table = pd.DataFrame(cells, columns=[f"ε = {epsilon}" for epsilon in epsilons])
+    table = pd.DataFrame(cells, columns=[f"ε = {epsilon:g}" for epsilon in epsilons])
     table.insert(0, "seeds", seeds)
     return table.set_axis(pd.Index([label_text(label) for label in labels], name=f"k = {k}"))
 
 
+def one_source(runs: Sequence[RunSpectra]) -> None:
+    """Raise InputError unless all runs are of one preset and task."""
+    sources = sorted({run.source for run in runs})
+    if len(sources) != 1:
+        raise InputError(f"runs of {' and '.join(sources) or 'nothing'} were given; wanted those of one preset and "
+                         "task: call runs_of(spectra, preset, task)")
+
+
 def accuracy_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """Rows: methods. Columns: tasks of the preset, after the majority class. Cells: test accuracy in per cent, mean ± sd."""
+    """Rows: majority class, then methods. Columns: tasks of the preset. Cells: test accuracy in per cent, mean ± sd."""
     part = summary[summary["preset"] == preset]
     tasks = sorted(part["task"].unique())
     labels = sorted(part["label"].unique(), key=label_order)
-    cells = {task: [spread(100 * part[part["task"] == task]["majority_accuracy"].iloc[:1])]
-             + [spread(100 * part[(part["task"] == task) & (part["label"] == label)]["test_accuracy"]) for label in labels]
-             for task in tasks}
+    cells = {}
+    for task in tasks:
+        rows = part[part["task"] == task]
+        cells[task] = [spread(100 * rows["majority_accuracy"].iloc[:1])]
+        cells[task] += [spread(100 * rows[rows["label"] == label]["test_accuracy"]) for label in labels]
     return pd.DataFrame(cells, index=pd.Index(["majority class", *map(label_text, labels)], name="test accuracy, %"))
 
 
-def say_counts(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> str:
-    """A Markdown list, one line per method: its count over seeds, against its matched null and against full fine-tuning.
-
-    Every number and every word comes from the runs, so the sentence stays true whichever way they went.
-    """
-    frame = count_frame(runs, epsilon, k)
-    full = frame[frame["label"] == "full"]["count"]
-    lines = []
-    for label in sorted(frame["label"].unique(), key=label_order):
-        part = frame[frame["label"] == label]
-        line = (f"- **{label_text(label)}**: {spread(part['count'])} of {part['slots'].iloc[0]} vectors "
-                f"(n = {len(part)}); matched null {spread(part['null'])}{_verdict(part['count'], part['null'], 'its null')}")
-        lines.append(line + (_verdict(part["count"], full, "full fine-tuning") if label != "full" and len(full) else "") + ".")
-    return "\n".join(lines)
+def predicted_weights(shapes: Iterable[Sequence[int]], rank: int | None = None) -> int:
+    """Weights trained inside matrices of shapes (m, n): all m·n of them, or r·(m + n) for LoRA of rank r (B and A)."""
+    return sum(m * n if rank is None else rank * (m + n) for m, n in shapes)
 
 
-def _verdict(a: Sequence[float], b: Sequence[float], name: str) -> str:
-    result = compare(a, b)
-    if not np.isfinite(result.low):
-        return f"; one seed only, so no comparison with {name}"
-    interval = f"difference {result.difference:+.1f}, 95 % interval {result.low:+.1f} to {result.high:+.1f}"
-    words = {"more": f"more than {name}", "fewer": f"fewer than {name}", "unclear": f"no clear difference from {name}"}
-    return f"; {words[result.word]} ({interval})"
-
-
-def say_gap(summary: pd.DataFrame, preset: str, points: float = 2.0) -> str:
-    """A Markdown list, one line per task: which LoRA ranks are within so many points of full fine-tuning, which are not."""
-    lines = []
-    for task, part in summary[summary["preset"] == preset].groupby("task"):
-        means = 100 * part.groupby("label")["test_accuracy"].mean()
-        if "full" not in means:
+def weight_table(records: Iterable[RunRecord], preset: str) -> pd.DataFrame:
+    """Rows: methods. Columns: the formula, the number it predicts, the number the runs trained, and their ratio."""
+    rows = {}
+    for record in records:
+        shapes = [matrix["shape"] for matrix in record.matrices]
+        if record.config["preset"] != preset or not shapes:
             continue
-        gaps = {label: means[label] - means["full"] for label in sorted(means.index, key=label_order) if label.startswith("lora")}
-        near = [label_text(label) for label, gap in gaps.items() if abs(gap) <= points]
-        far = [f"{label_text(label)} ({gap:+.1f})" for label, gap in gaps.items() if abs(gap) > points]
-        lines.append(f"- **{preset} · {task}**: full fine-tuning {means['full']:.1f} %. Within {points:g} points: "
-                     f"{', '.join(near) or 'none'}. Further away: {', '.join(far) or 'none'}.")
-    return "\n".join(lines)
+        rank = record.config["rank"]
+        predicted, trained = predicted_weights(shapes, rank), record.training["trainable"]["adapted"]
+        formula = "Σ m·n" if rank is None else f"Σ {rank}·(m + n)"
+        cells = (formula, f"{predicted:,}", f"{trained:,}", f"{trained / predicted:.4f}")
+        rows[record.label] = (label_text(record.label), *cells)
+    columns = ["method", "formula", "predicted", "trained", "ratio"]
+    return pd.DataFrame([rows[label] for label in sorted(rows, key=label_order)], columns=columns).set_index("method")
+
+
+def settings_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """Rows: task and method. Columns: learning rate, alpha, steps and number of seeds of the reported runs."""
+    part = summary[summary["preset"] == preset]
+    keys = sorted({(row.task, row.label) for row in part.itertuples()}, key=lambda key: (key[0], label_order(key[1])))
+    rows = []
+    for task, label in keys:
+        runs = part[(part["task"] == task) & (part["label"] == label)]
+        cells = [", ".join(f"{value:g}" for value in sorted(runs[name].dropna().unique())) or "–"
+                 for name in ("learning_rate", "alpha", "steps")]
+        rows.append((task, label_text(label), *cells, len(runs)))
+    columns = ["task", "method", "learning rate", "α", "steps", "seeds"]
+    return pd.DataFrame(rows, columns=columns).set_index(["task", "method"])
+
+
+def live_table(live: Mapping[str, object], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
+    """Rows: runs made a moment ago, {name: result of quick_run}. Columns: accuracy, weights, count, null's count.
+
+    A result has a `record` (RunRecord) and its `spectra`, as `run.quick_run` returns them.
+    """
+    rows = []
+    for name, result in live.items():
+        run = live_run(name, result.spectra)
+        rows.append((name, f"{100 * result.record.metrics['test_accuracy']:.1f}",
+                     f"{result.record.training['trainable']['adapted']:,}", run.count(epsilon, k),
+                     run.null_count(epsilon, k), run.slots(k)))
+    columns = ["run", "test accuracy, %", "trained weights", f"intruders, ε = {epsilon:g}, k = {k}", "matched null"]
+    return pd.DataFrame(rows, columns=[*columns, "vectors"]).set_index("run")

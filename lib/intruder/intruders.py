@@ -41,7 +41,8 @@ def max_cosines(pretrained_U: ArrayLike, tuned_U: ArrayLike) -> np.ndarray:
     Y = _unit_columns(tuned_U, "tuned_U")
     if X.shape[0] != Y.shape[0]:
         raise InputError(
-            f"pretrained_U has shape {X.shape} and tuned_U has shape {Y.shape}; wanted the same number of rows, that is "
+            f"pretrained_U has shape {X.shape} and tuned_U has shape {Y.shape}; wanted the same number of rows, that "
+            "is "
             f"two matrices of the same shape; {_MAX_COSINES_CALL}"
         )
     return np.minimum(np.abs(X.T @ Y).max(axis=0), 1.0)
@@ -62,7 +63,8 @@ def count_intruders(max_cosine: ArrayLike, epsilon: float = 0.5, k: int = 10) ->
     values = _as_float64(max_cosine, "max_cosine", _COUNT_CALL)
     if values.ndim != 1 or values.size == 0:
         raise InputError(
-            f"max_cosine has shape {values.shape}; wanted the vector of one matrix, shape (n,) with n >= 1; {_COUNT_CALL}"
+            f"max_cosine has shape {values.shape}; wanted the vector of one matrix, shape (n,) with n >= 1; "
+            f"{_COUNT_CALL}"
         )
     if not np.isfinite(values).all():
         raise InputError(f"max_cosine holds NaN or infinity; wanted finite values in [0, 1]; {_COUNT_CALL}")
@@ -87,7 +89,9 @@ def check_epsilon(epsilon: float) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not 0 < value <= 1:
-        raise InputError(f"epsilon={epsilon!r} was given; wanted a number with 0 < epsilon <= 1, for example epsilon=0.5")
+        raise InputError(
+            f"epsilon={epsilon!r} was given; wanted a number with 0 < epsilon <= 1, for example epsilon=0.5"
+        )
     return value
 
 

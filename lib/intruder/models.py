@@ -6,18 +6,18 @@ Every loader takes a local directory or a hub id, reads safetensors only, and ne
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.utils import logging
 
 from .errors import InputError
+from .weights import lora_scale, lora_update
 
 NANO = "nano"
 HUB_IDS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
@@ -81,12 +81,17 @@ def _loading(load, source: str, **options):
     """Call a transformers loader on safetensors only; a missing source becomes one clear InputError."""
     if isinstance(load.__self__, type) and "Model" in load.__self__.__name__:
         options["use_safetensors"] = True
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report of fresh head weights is expected, and no progress widget may reach a page
+    logging.disable_progress_bar()
     try:
         return load(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot load {source!r}: {reason}; wanted a hub id (needs a network) or a local directory "
                          "with config.json, tokenizer files and model.safetensors") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def adapted_names(model: torch.nn.Module) -> list[str]:
@@ -146,18 +151,16 @@ def encoder_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if peft_config is None:
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     else:
-        state, scale = {}, peft_config["default"].lora_alpha / peft_config["default"].r
-        factors = get_peft_model_state_dict(model)
-        for name, tensor in model.base_model.model.state_dict().items():
+        lora = peft_config["default"]
+        scale, tensors, state = lora_scale(lora.lora_alpha, lora.r, lora.use_rslora), model.base_model.model.state_dict(), {}
+        for name, tensor in tensors.items():
             if "lora_" in name or "modules_to_save" in name or "original_module" in name:
                 continue
-            plain = name.replace(".base_layer", "")
-            tensor = tensor.detach()
-            stem = f"base_model.model.{plain.removesuffix('.weight')}"
-            if f"{stem}.lora_A.weight" in factors and plain.endswith(".weight"):
-                B, A = factors[f"{stem}.lora_B.weight"].float(), factors[f"{stem}.lora_A.weight"].float()
-                tensor = tensor.float() + scale * (B @ A)
-            state[plain] = tensor
+            stem = name.removesuffix(".base_layer.weight")
+            if f"{stem}.lora_A.default.weight" in tensors:
+                B, A = tensors[f"{stem}.lora_B.default.weight"], tensors[f"{stem}.lora_A.default.weight"]
+                tensor = tensor.float() + lora_update(B, A, scale)
+            state[name.replace(".base_layer", "")] = tensor.detach()
     return {name: tensor for name, tensor in state.items() if not any(head in name.split(".") for head in HEADS)}
 
 
@@ -185,8 +188,5 @@ def folder_sha256(source: str) -> str | None:
 
 
 def model_revision(source: str) -> str | None:
-    """The hub commit a loaded model came from, where the local cache knows it."""
-    try:
-        return AutoConfig.from_pretrained(source)._commit_hash
-    except (OSError, ValueError, json.JSONDecodeError):
-        return None
+    """The hub commit that `source` was loaded from, or None for a local directory."""
+    return None if Path(source).is_dir() else getattr(_loading(AutoConfig.from_pretrained, source), "_commit_hash", None)

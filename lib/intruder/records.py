@@ -15,8 +15,16 @@ from .errors import InputError
 from .schema import METHODS, METRICS, STAGES, RunRecord, parse_run
 
 __all__ = [
-    "RunRecord", "check_records", "gather", "load_records", "load_spectra", "parse_run", "results_folder",
-    "summary_table", "write_record", "write_spectra",
+    "RunRecord",
+    "check_records",
+    "gather",
+    "load_records",
+    "load_spectra",
+    "parse_run",
+    "results_folder",
+    "summary_table",
+    "write_record",
+    "write_spectra",
 ]
 
 SPECTRA_TYPES = {
@@ -39,7 +47,7 @@ def write_record(record: RunRecord, folder: str | Path) -> Path:
 
 
 def write_spectra(spectra: pd.DataFrame, path: str | Path) -> Path:
-    """Write spectra as Parquet (zstd), atomically, sorted by run, matrix and index; singular values and cosines float32.
+    """Write spectra as Parquet (zstd), atomically, sorted by run, matrix and index; floating-point columns as float32.
 
     Columns: run, matrix, index (1-based j), singular_value, max_cosine, null_max_cosine. InputError if a column is
     missing or unknown, if a value is NaN or infinite, or if a row occurs twice.
@@ -55,8 +63,12 @@ def write_spectra(spectra: pd.DataFrame, path: str | Path) -> Path:
             raise InputError(f"spectra column {name!r} holds NaN or infinity; wanted finite numbers")
     table = pa.table({name: pa.array(spectra[name].to_numpy(), type=kind) for name, kind in SPECTRA_TYPES.items()})
     floats = {name: "BYTE_STREAM_SPLIT" for name in SPECTRA_COLUMNS[3:]}
-    _replace(path, lambda temporary: pq.write_table(
-        table, temporary, compression="zstd", use_dictionary=["run", "matrix"], column_encoding=floats))
+    _replace(
+        path,
+        lambda temporary: pq.write_table(
+            table, temporary, compression="zstd", use_dictionary=["run", "matrix"], column_encoding=floats
+        ),
+    )
     return path
 
 
@@ -103,8 +115,22 @@ def summary_table(records: Iterable[RunRecord]) -> pd.DataFrame:
         row |= {name: record.metrics[name] for name in METRICS}
         row |= {"trainable_adapted": trainable.get("adapted"), "trainable_head": trainable.get("head")}
         rows.append(row | {"wall_seconds": record.provenance["wall_seconds"]})
-    names = ["preset", "task", "run", "label", "method", "rank", "alpha", "learning_rate", "steps", "seed", *METRICS,
-             "trainable_adapted", "trainable_head", "wall_seconds"]
+    names = [
+        "preset",
+        "task",
+        "run",
+        "label",
+        "method",
+        "rank",
+        "alpha",
+        "learning_rate",
+        "steps",
+        "seed",
+        *METRICS,
+        "trainable_adapted",
+        "trainable_head",
+        "wall_seconds",
+    ]
     table = pd.DataFrame(rows, columns=names)
     whole = dict.fromkeys(("rank", "steps", "seed", "trainable_adapted", "trainable_head"), "Int64")
     return table.astype(whole | dict.fromkeys(("alpha", "learning_rate", *METRICS, "wall_seconds"), "float64"))
@@ -115,8 +141,10 @@ def results_folder() -> Path:
     for folder in (Path("book") / "results", Path("results")):
         if folder.is_dir():
             return folder
-    raise InputError("no folder book/results or results in the current folder; wanted the repository's top level or its "
-                     "folder book: change to one of them, or pass the folder of the records")
+    raise InputError(
+        "no folder book/results or results in the current folder; wanted the repository's top level or its "
+        "folder book: change to one of them, or pass the folder of the records"
+    )
 
 
 def gather(run_folder: str | Path, results_folder: str | Path) -> list[Path]:
@@ -124,7 +152,8 @@ def gather(run_folder: str | Path, results_folder: str | Path) -> list[Path]:
 
     Every record under `run_folder` becomes <preset>/<task>/<run>.json (tuning runs: <preset>/<task>/tuning/<run>.json).
     The spectra beside it, <run>.spectra.parquet, are merged into <preset>/<task>/spectra.parquet, where they replace
-    the rows of the same run. A report run with matrices but without spectra raises InputError, before anything is written.
+    the rows of the same run. A report run with matrices but without spectra raises InputError, before anything is
+    written.
     """
     found, new_spectra, target = _records_under(_folder(run_folder)), {}, Path(results_folder)
     for path, record in found:
@@ -139,7 +168,9 @@ def gather(run_folder: str | Path, results_folder: str | Path) -> list[Path]:
                 raise InputError(f"{spectra_path.name}: {problems[0]}; run `intruder run` again for {record.run}")
             new_spectra.setdefault(place, {})[record.run] = spectra
         elif record.matrices and record.config["method"] != "head":
-            raise InputError(f"no {spectra_path.name} beside {path.name}; wanted the spectra that `intruder run` writes")
+            raise InputError(
+                f"no {spectra_path.name} beside {path.name}; wanted the spectra that `intruder run` writes"
+            )
     written = []
     for place, by_run in new_spectra.items():
         kept = [_read_spectra(place).query("run not in @by_run")] if place.is_file() else []
@@ -154,7 +185,8 @@ def check_records(folder: str | Path) -> list[str]:
     """What is wrong under a results folder, one sentence each; an empty list if nothing is.
 
     Looks for: a record in the wrong place, spectra missing for a report run (other than head), spectra of an unknown
-    run, and per run: a matrix missing or unknown, an index missing, singular values not falling, cosines outside [0, 1].
+    run, and per run: a matrix missing or unknown, an index missing, singular values not falling, cosines outside [0,
+    1].
     """
     folder, problems, known = _folder(folder), [], {}
     for path, record in _records_under(folder):
@@ -184,7 +216,9 @@ def _spectra_problems(record: RunRecord, spectra: pd.DataFrame) -> list[str]:
     shapes = {matrix["name"]: min(matrix["shape"]) for matrix in record.matrices}
     groups = dict(list(spectra.groupby("matrix")))
     problems += [f"{run}: no spectrum of {name}" for name in sorted(set(shapes) - set(groups))]
-    problems += [f"{run}: spectrum of {name}, which the record does not name" for name in sorted(set(groups) - set(shapes))]
+    problems += [
+        f"{run}: spectrum of {name}, which the record does not name" for name in sorted(set(groups) - set(shapes))
+    ]
     for name in sorted(set(shapes) & set(groups)):
         rows = groups[name].sort_values("index")
         if list(rows["index"]) != list(range(1, shapes[name] + 1)):
@@ -200,6 +234,8 @@ def _spectra_problems(record: RunRecord, spectra: pd.DataFrame) -> list[str]:
 def _records_under(folder: Path) -> list[tuple[Path, RunRecord]]:
     found = []
     for path in sorted(folder.rglob("*.json")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue  # the checkpoints of a run under way, and temporary files
         text = path.read_text(encoding="utf-8")
         try:
             if _has_run(text):
@@ -234,7 +270,9 @@ def _read_spectra(path: Path) -> pd.DataFrame:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path.name} cannot be read as Parquet ({error}); wanted spectra that `intruder run` wrote") from error
+        raise InputError(
+            f"{path.name} cannot be read as Parquet ({error}); wanted spectra that `intruder run` wrote"
+        ) from error
     if table.column_names != list(SPECTRA_COLUMNS):
         raise InputError(f"{path.name} has the columns {table.column_names}; wanted {list(SPECTRA_COLUMNS)}")
     return table.to_pandas()

@@ -17,7 +17,16 @@ METRICS = ("validation_accuracy", "test_accuracy", "majority_accuracy", "pseudo_
 _RUN = re.compile(r"^(full|head|lora-r([1-9]\d*))-(?:s(\d+)|lr(\d[\d.e+-]*))$")
 _CONFIG_FIELDS = ("preset", "task", "method", "rank", "alpha", "learning_rate", "steps", "batch_size", "seed", "stage")
 _PROVENANCE_FIELDS = (
-    "command", "commit", "dirty", "versions", "device", "threads", "started", "wall_seconds", "model", "data"
+    "command",
+    "commit",
+    "dirty",
+    "versions",
+    "device",
+    "threads",
+    "started",
+    "wall_seconds",
+    "model",
+    "data",
 )
 _MATRIX_FIELDS = ("name", "shape", "effective_rank", "update_norm", "pretrained_norm")
 
@@ -28,7 +37,8 @@ class RunRecord:
 
     The fields are the keys of the JSON. Checked on construction: a missing or unknown field, NaN or infinity anywhere,
     a missing seed or commit, a run name that contradicts the config, and a metric that is null without a reason in
-    `missing` each raise InputError naming the field. The singular values and cosines of the run stand in a Parquet file.
+    `missing` each raise InputError naming the field. The singular values and cosines of the run stand in a Parquet
+    file.
     """
 
     run: str
@@ -46,14 +56,20 @@ class RunRecord:
         if self.schema != SCHEMA:
             raise InputError(f"{where}: field 'schema' is {self.schema!r}; wanted {SCHEMA}")
         if self.status != "complete":
-            raise InputError(f"{where}: field 'status' is {self.status!r}; wanted 'complete': only finished runs are records")
+            raise InputError(
+                f"{where}: field 'status' is {self.status!r}; wanted 'complete': only finished runs are records"
+            )
         for name, kind in (("config", dict), ("provenance", dict), ("training", dict), ("metrics", dict)):
             if not isinstance(getattr(self, name), kind):
-                raise InputError(f"{where}: field {name!r} is {getattr(self, name)!r}; wanted an object with named values")
+                raise InputError(
+                    f"{where}: field {name!r} is {getattr(self, name)!r}; wanted an object with named values"
+                )
         _refuse_non_finite(asdict(self), where)
         _require(self.config, _CONFIG_FIELDS, f"{where}: config", nullable=("rank", "alpha"))
         _require(self.provenance, _PROVENANCE_FIELDS, f"{where}: provenance")
-        _require(self.training, ("steps", "best_step", "trainable", "curve"), f"{where}: training", nullable=("best_step",))
+        _require(
+            self.training, ("steps", "best_step", "trainable", "curve"), f"{where}: training", nullable=("best_step",)
+        )
         _require(self.metrics, METRICS, f"{where}: metrics", nullable=METRICS)
         self._check_config(where)
         for name, value in self.metrics.items():
@@ -69,19 +85,25 @@ class RunRecord:
     def _check_config(self, where: str) -> None:
         config = self.config
         if config["method"] not in METHODS:
-            raise InputError(f"{where}: field 'config.method' is {config['method']!r}; wanted one of {', '.join(METHODS)}")
+            raise InputError(
+                f"{where}: field 'config.method' is {config['method']!r}; wanted one of {', '.join(METHODS)}"
+            )
         if config["stage"] not in STAGES:
             raise InputError(f"{where}: field 'config.stage' is {config['stage']!r}; wanted one of {', '.join(STAGES)}")
         if isinstance(config["seed"], bool) or not isinstance(config["seed"], int):
             raise InputError(f"{where}: field 'config.seed' is {config['seed']!r}; wanted a whole number")
         if (config["method"] == "lora") != (config["rank"] is not None):
-            raise InputError(f"{where}: field 'config.rank' is {config['rank']!r} with method {config['method']!r}; "
-                             "wanted a rank for lora and null for the other methods")
+            raise InputError(
+                f"{where}: field 'config.rank' is {config['rank']!r} with method {config['method']!r}; "
+                "wanted a rank for lora and null for the other methods"
+            )
         method, rank, seed = parse_run(self.run)
         report = config["stage"] == "report"
         if (method, rank) != (config["method"], config["rank"]) or report != (seed is not None):
-            raise InputError(f"{where}: the run name contradicts the config; wanted {self.label}-"
-                             + (f"s{config['seed']}" if report else f"lr{config['learning_rate']:g}"))
+            raise InputError(
+                f"{where}: the run name contradicts the config; wanted {self.label}-"
+                + (f"s{config['seed']}" if report else f"lr{config['learning_rate']:g}")
+            )
         if report and seed != config["seed"]:
             raise InputError(f"{where}: field 'config.seed' is {config['seed']}; wanted {seed} as in the run name")
 
@@ -109,7 +131,9 @@ class RunRecord:
         _require(values, sorted(names), f"record {values.get('run')!r}")
         unknown = sorted(set(values) - names)
         if unknown:
-            raise InputError(f"record {values['run']!r}: unknown field {unknown[0]!r}; wanted {', '.join(sorted(names))}")
+            raise InputError(
+                f"record {values['run']!r}: unknown field {unknown[0]!r}; wanted {', '.join(sorted(names))}"
+            )
         return cls(**values)
 
 
@@ -117,7 +141,9 @@ def parse_run(run: str) -> tuple[str, int | None, int | None]:
     """(method, rank, seed) of a run name such as lora-r8-s0; seed is None for a tuning run such as full-lr0.001."""
     match = _RUN.match(run) if isinstance(run, str) else None
     if not match:
-        raise InputError(f"run {run!r} is not a run name; wanted for example full-s0, lora-r8-s0, head-s0 or full-lr0.001")
+        raise InputError(
+            f"run {run!r} is not a run name; wanted for example full-s0, lora-r8-s0, head-s0 or full-lr0.001"
+        )
     label, rank, seed, _ = match.groups()
     return label.split("-")[0], int(rank) if rank else None, int(seed) if seed else None
 
@@ -132,12 +158,14 @@ def _require(values: dict, names: Iterable[str], where: str, nullable: tuple[str
             raise InputError(f"{where}: field {name!r} is null; wanted a value")
 
 
-def _refuse_non_finite(value: Any, where: str) -> None:
+def _refuse_non_finite(value: Any, where: str, path: str = "") -> None:
     if isinstance(value, dict):
         for name, item in value.items():
-            _refuse_non_finite(item, f"{where}: {name}" if where.startswith("record") and ": " not in where else f"{where}.{name}")
+            _refuse_non_finite(item, where, f"{path}.{name}" if path else str(name))
     elif isinstance(value, (list, tuple)):
         for position, item in enumerate(value):
-            _refuse_non_finite(item, f"{where}[{position}]")
+            _refuse_non_finite(item, where, f"{path}[{position}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where} is {value}; wanted a finite number, or null with the reason in 'missing'")
+        raise InputError(
+            f"{where}: field {path!r} is {value}; wanted a finite number, or null with the reason in 'missing'"
+        )

@@ -41,9 +41,9 @@ def factored_svd(B: torch.Tensor, A: torch.Tensor, scale: float = 1.0) -> Spectr
     """Thin singular value decomposition of the low-rank update scale * B A without forming it.
 
     B has shape (m, r) and A has shape (r, p). With B = Q_B R_B and A^T = Q_A R_A (two thin QR decompositions),
-    scale * B A = Q_B (scale * R_B R_A^T) Q_A^T, and the middle matrix is at most r by r. Returns min(m, r) by min(r, p)
-    decomposed: min(m, r, p) singular values with U of shape (m, .) and Vh of shape (., p), same dtype and device rules
-    as `svd`. For LoRA, scale = alpha / r.
+    scale * B A = Q_B (scale * R_B R_A^T) Q_A^T, and the middle matrix is at most r by r. Returns q = min(m, r, p)
+    singular values with U of shape (m, q) and Vh of shape (q, p); dtype and device as in `svd`. For LoRA,
+    scale = alpha / r.
 
     Raises InputError for what `svd` refuses, and if the inner dimensions of B and A differ. A zero factor gives S = 0.
 
@@ -66,7 +66,8 @@ def effective_rank(S: torch.Tensor) -> float:
     """Effective rank exp(H) with p_i = sigma_i / sum_j sigma_j and H = -sum_i p_i ln p_i (0 ln 0 = 0).
 
     `S` holds singular values, shape (n,), in any order; computed in float64. The result lies in [1, number of non-zero
-    values]: n equal values give n, one non-zero value gives 1. All zeros give 0.0: an update that is absent has no rank.
+    values]: n equal values give n, one non-zero value gives 1. All zeros give 0.0: an update that is absent has no
+    rank.
 
     Raises InputError if S is not one vector, is empty, or holds NaN, infinity or a negative value.
 
@@ -85,7 +86,7 @@ def effective_rank(S: torch.Tensor) -> float:
 
 
 def working_precision(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix in the precision this study decomposes it in: float64 if its smaller side is at most 1024, else float32.
+    """The matrix in the precision it is decomposed in: float64 if its smaller side is at most 1024, else float32.
 
     Cosines of neighbouring trailing vectors are sensitive to rounding, and float64 costs little at these sizes.
     """
@@ -94,7 +95,9 @@ def working_precision(matrix: torch.Tensor) -> torch.Tensor:
 
 def _real_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
     if not isinstance(matrix, torch.Tensor):
-        raise InputError(f"{name} is a {type(matrix).__name__}; wanted a torch tensor; call torch.as_tensor({name}) first")
+        raise InputError(
+            f"{name} is a {type(matrix).__name__}; wanted a torch tensor; call torch.as_tensor({name}) first"
+        )
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise InputError(f"{name} has shape {tuple(matrix.shape)}; wanted a matrix of shape (out, in), not empty")
     if not matrix.dtype.is_floating_point:

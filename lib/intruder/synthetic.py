@@ -95,7 +95,8 @@ def random_update(shape: tuple[int, int], singular_values: ArrayLike, seed: int 
     S = np.asarray(singular_values, dtype=np.float64)
     if S.ndim != 1 or S.size > n or not np.isfinite(S).all() or (S < 0).any():
         raise InputError(
-            f"singular_values of shape {S.shape} were given for a matrix of shape {(rows, columns)}; wanted at most {n} "
+            f"singular_values of shape {S.shape} were given for a matrix of shape {(rows, columns)}; wanted at most "
+            f"{n} "
             f"finite values >= 0; {_NULL_CALL}"
         )
     S = S[S > 0]

@@ -1,0 +1,145 @@
+"""The command `intruder`: one line an error, exit status 2, never a traceback for what a user typed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from .errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors read like all the others."""
+
+    def error(self, message: str):
+        print(f"intruder: error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    top = Parser(prog="intruder", description="Count intruder dimensions, and make the runs that have them.")
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    add = commands.add_parser("count", help="count the intruder dimensions of one fine-tuned model")
+    add.add_argument("base", help="folder of the pre-trained checkpoint (safetensors)")
+    add.add_argument("tuned", help="folder of the fine-tuned checkpoint, or of a PEFT LoRA adapter")
+    add.add_argument("--k", type=int, default=10, help="leading singular vectors examined in each matrix (default 10)")
+    add.add_argument("--epsilon", type=float, default=0.5, help="similarity threshold in (0, 1] (default 0.5)")
+    add.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add.set_defaults(act=_count)
+
+    add = commands.add_parser("run", help="train and measure one configuration; write its record and spectra")
+    add.add_argument("config", help="JSON file with differences from the defaults")
+    add.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values that win over the file's")
+    add.add_argument("--out", default="runs", help="folder for the record (default runs)")
+    add.set_defaults(act=_run)
+
+    add = commands.add_parser("sweep", help="run everything a sweep file asks for that has no record yet")
+    add.add_argument("name", help="a file, or the name of one in lib/experiments")
+    add.add_argument("--out", default="runs", help="folder for the records (default runs)")
+    add.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each (default: all cores)")
+    add.add_argument("--model", help="directory or hub id instead of the preset's base")
+    add.add_argument("--data", help="folder of local data files instead of the hub")
+    add.set_defaults(act=_sweep)
+
+    add = commands.add_parser("pretrain", help="pre-train the nano base model from scratch")
+    add.add_argument("preset", choices=["nano"], help="the base model to make")
+    add.add_argument("--out", default="runs/nano", help="folder for weights, tokenizer and record (default runs/nano)")
+    add.add_argument("--stop-after", type=int, metavar="STEPS", help="stop early and write the first losses only")
+    add.set_defaults(act=_pretrain)
+
+    add = commands.add_parser("records", help="pack or check records")
+    add.add_argument("action", choices=["gather", "check"], help="gather: pack --runs into --results; check: list problems")
+    add.add_argument("--runs", default="runs", help="folder that `intruder run` or `sweep` wrote (default runs)")
+    add.add_argument("--results", default="book/results", help="folder of the committed records (default book/results)")
+    add.set_defaults(act=_records)
+
+    add = commands.add_parser("address", help="show or set the public address of the repository, everywhere at once")
+    add.add_argument("url", nargs="?", help="for example https://github.com/OWNER/NAME; without it, the present one is shown")
+    add.set_defaults(act=_address)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0, or 2 for input that cannot be used."""
+    try:
+        options = parser().parse_args(arguments)
+        return options.act(options) or 0
+    except InputError as error:
+        print(f"intruder: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"intruder: error: {error.name or error} is not installed; wanted `pip install \"intruder[train]\"`",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("intruder: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _command() -> str:
+    return shlex.join(["intruder", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])])
+
+
+def _count(options) -> None:
+    from .count import count_checkpoints, format_table
+    result = count_checkpoints(options.base, options.tuned, options.k, options.epsilon)
+    print(json.dumps(result) if options.json else format_table(result))
+
+
+def _run(options) -> None:
+    from .config import make_config, parse_setting, read_config
+    values = read_config(options.config) | dict(parse_setting(text) for text in options.set)
+    config = make_config(values)
+    from .run import run_config
+    record = run_config(config, options.out, _command()).record
+    if int(os.environ.get("RANK", "0")) == 0:
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items() if value is not None)
+        print(f"{Path(options.out) / record.run}.json: {numbers}")
+
+
+def _sweep(options) -> None:
+    from .sweep import run_sweep
+    if options.jobs < 1:
+        raise InputError(f"jobs is {options.jobs}; wanted 1 or more")
+    path = Path(options.name)
+    if not path.suffix:
+        path = Path("lib/experiments") / f"{options.name}.json"
+    local = {"model": options.model, "data": options.data}
+    made = run_sweep(path, options.out, options.jobs, lambda line: print(line, flush=True), **local)
+    print(f"{made} runs made; `intruder records gather --runs {options.out}` packs them")
+
+
+def _pretrain(options) -> None:
+    if options.stop_after is not None and options.stop_after < 1:
+        raise InputError(f"stop-after is {options.stop_after}; wanted 1 step or more")
+    from .pretrain import pretrain
+    record = pretrain(options.out, stop_after=options.stop_after, command=_command())
+    print(f"{options.out}/record.json: first losses {record['first_losses'][:3]}, "
+          f"held-out {[point['held_out_loss'] for point in record['curve'][-1:]]}")
+
+
+def _records(options) -> int:
+    from .records import check_records, gather
+    if options.action == "gather":
+        print(f"{len(gather(options.runs, options.results))} files written to {options.results}")
+        return 0
+    problems = check_records(options.results)
+    print("\n".join(problems) or f"{options.results}: every record is whole")
+    return 2 if problems else 0
+
+
+def _address(options) -> None:
+    from .book_address import current_address, set_address
+    if options.url:
+        set_address(options.url)
+    print(current_address())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
