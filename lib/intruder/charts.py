@@ -184,13 +184,14 @@ def _bars(labels: list[str]) -> alt.LayerChart:
     number = "format(datum.count, '.1f') + (datum.seeds > 1 ? ' ± ' + format(datum.sd, '.1f') : '')"
     words = means.transform_calculate(t=number).mark_text(align="left", fontSize=11).encode(
         text="t:N", x=alt.value(alt.ExprRef("numbers_at")))
-    # One long sentence as an invisible mark, worked out where the counts are; hydrate.js shows it as text.
+    # The whole sentence, worked out where the counts are, as the description of an invisible mark: screen readers find
+    # it there, and hydrate.js shows it as text.
     sentence = (f"datum.label + ', ' + task + ': ' + {number} + ' intruder dimensions among ' + datum.slots"
                 " + ' vectors (seed by seed: ' + join(pluck(datum.listed, 'count'), ', ') + '). Matched random null: '"
                 " + format(datum.null, '.1f') + ' (' + join(pluck(datum.listed, 'null'), ', ') + ').'")
     readout = alt.Chart(name="readout").transform_filter("datum.order == choice").transform_aggregate(
-        **over_seeds).transform_calculate(t=sentence).mark_text(opacity=0, fontSize=1, align="left").encode(
-        text="t:N", x=alt.value(0), y=alt.value(0))
+        **over_seeds).transform_calculate(t=sentence).mark_point(opacity=0, size=1).encode(
+        description="t:N", x=alt.value(0), y=alt.value(0))
     return (
         alt.layer(bars, null, seeds, words, readout)
         .transform_filter("datum.source == task")
@@ -226,7 +227,7 @@ def family(runs: Sequence[RunSpectra], k: int = 10) -> alt.FacetChart:
                                   scale=alt.Scale(domain=texts, range=dashes)),
         tooltip=["method:N", alt.Tooltip("epsilon:Q", title="ε"), alt.Tooltip("mean:Q", title="mean count")])
     facet = alt.Facet("kind:N", sort=list(kinds.values()), title=None)
-    return chart.properties(width=240, height=220).facet(facet=facet, columns=2).properties(
+    return chart.properties(width=260, height=220).facet(facet=facet, columns=2).properties(
         usermeta={"table": count_table_html(runs, k),
                   "caption": f"Mean count over seeds against ε ({source}, k = {k}); dashed: full fine-tuning."},
         description=f"Lines of the mean intruder count against the threshold for {source}, one per method: measured, "

@@ -164,19 +164,48 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
 
 
 def count_table(runs: Sequence[RunSpectra], epsilons: Sequence[float] = EPSILONS, k: int = 10) -> pd.DataFrame:
-    """Rows: methods. Columns: epsilon. Cells: mean ± sd of the count over seeds, then the matched null's mean.
+    """Rows: methods. Columns: epsilon. Cells: mean ± sd of the count over seeds, and the null's mean in brackets.
 
     The runs are of one preset and task; otherwise InputError, since their totals are over different matrices or data.
     """
     one_source(runs)
     frames = {epsilon: count_frame(runs, epsilon, k).groupby("label") for epsilon in epsilons}
     labels = sorted({run.label for run in runs}, key=label_order)
-    cells = [[f"{spread(frame.get_group(label)['count'])}  (null {frame.get_group(label)['null'].mean():.1f})"
+    cells = [[f"{spread(frame.get_group(label)['count'])} ({frame.get_group(label)['null'].mean():.1f})"
               for frame in frames.values()] for label in labels]
     seeds = [sum(run.label == label for run in runs) for label in labels]
     table = pd.DataFrame(cells, columns=[f"ε = {epsilon:g}" for epsilon in epsilons])
     table.insert(0, "seeds", seeds)
-    return table.set_axis(pd.Index([label_text(label) for label in labels], name=f"k = {k}"))
+    return table.set_axis(map(label_text, labels)).rename_axis(columns=f"k = {k}")
+
+
+def verdict_table(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
+    """Rows: methods. Columns: count and null's count (mean ± sd), the 95 % interval of each difference with its word.
+
+    The intervals are Welch's (`compare`), one by one, not corrected for their number. One preset and task only.
+    """
+    one_source(runs)
+    frame = count_frame(runs, epsilon, k)
+    full, rows = frame[frame["label"] == "full"]["count"], {}
+    for label in sorted(frame["label"].unique(), key=label_order):
+        part = frame[frame["label"] == label]
+        rows[label_text(label)] = (
+            spread(part["count"]), spread(part["null"]), _interval(compare(part["count"], part["null"])),
+            _interval(compare(part["count"], full)) if label != "full" and len(full) else "–")
+    columns = ["count", "matched null", "count − null", "count − full's"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return table.rename_axis(columns=f"ε = {epsilon:g}, k = {k}")
+
+
+def signed(value: float) -> str:
+    """One decimal with its sign, a true minus included: +1.5, −0.3."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _interval(result: Comparison) -> str:
+    if not np.isfinite(result.low):
+        return "one seed"
+    return f"{signed(result.low)} to {signed(result.high)}: {result.word}"
 
 
 def one_source(runs: Sequence[RunSpectra]) -> None:
@@ -197,7 +226,8 @@ def accuracy_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
         rows = part[part["task"] == task]
         cells[task] = [spread(100 * rows["majority_accuracy"].iloc[:1])]
         cells[task] += [spread(100 * rows[rows["label"] == label]["test_accuracy"]) for label in labels]
-    return pd.DataFrame(cells, index=pd.Index(["majority class", *map(label_text, labels)], name="test accuracy, %"))
+    rows = ["majority class", *map(label_text, labels)]
+    return pd.DataFrame(cells, index=rows).rename_axis(columns="test accuracy, %")
 
 
 def predicted_weights(shapes: Iterable[Sequence[int]], rank: int | None = None) -> int:
@@ -217,12 +247,12 @@ def weight_table(records: Iterable[RunRecord], preset: str) -> pd.DataFrame:
         formula = "Σ m·n" if rank is None else f"Σ {rank}·(m + n)"
         cells = (formula, f"{predicted:,}", f"{trained:,}", f"{trained / predicted:.4f}")
         rows[record.label] = (label_text(record.label), *cells)
-    columns = ["method", "formula", "predicted", "trained", "ratio"]
-    return pd.DataFrame([rows[label] for label in sorted(rows, key=label_order)], columns=columns).set_index("method")
+    cells = {rows[label][0]: rows[label][1:] for label in sorted(rows, key=label_order)}
+    return pd.DataFrame.from_dict(cells, orient="index", columns=["formula", "predicted", "trained", "ratio"])
 
 
 def settings_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """Rows: task and method. Columns: learning rate, alpha, steps and number of seeds of the reported runs."""
+    """Rows: tasks and methods. Columns: learning rate, alpha, steps and number of seeds of the reported runs."""
     part = summary[summary["preset"] == preset]
     keys = sorted({(row.task, row.label) for row in part.itertuples()}, key=lambda key: (key[0], label_order(key[1])))
     rows = []
@@ -231,8 +261,7 @@ def settings_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
         cells = [", ".join(f"{value:g}" for value in sorted(runs[name].dropna().unique())) or "–"
                  for name in ("learning_rate", "alpha", "steps")]
         rows.append((task, label_text(label), *cells, len(runs)))
-    columns = ["task", "method", "learning rate", "α", "steps", "seeds"]
-    return pd.DataFrame(rows, columns=columns).set_index(["task", "method"])
+    return pd.DataFrame(rows, columns=["task", "method", "learning rate", "α", "steps", "seeds"])
 
 
 def live_table(live: Mapping[str, object], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
@@ -240,11 +269,12 @@ def live_table(live: Mapping[str, object], epsilon: float = 0.5, k: int = 10) ->
 
     A result has a `record` (RunRecord) and its `spectra`, as `run.quick_run` returns them.
     """
-    rows = []
+    rows = {}
     for name, result in live.items():
         run = live_run(name, result.spectra)
-        rows.append((name, f"{100 * result.record.metrics['test_accuracy']:.1f}",
-                     f"{result.record.training['trainable']['adapted']:,}", run.count(epsilon, k),
-                     run.null_count(epsilon, k), run.slots(k)))
-    columns = ["run", "test accuracy, %", "trained weights", f"intruders, ε = {epsilon:g}, k = {k}", "matched null"]
-    return pd.DataFrame(rows, columns=[*columns, "vectors"]).set_index("run")
+        rows[name] = (f"{100 * result.record.metrics['test_accuracy']:.1f}",
+                      f"{result.record.training['trainable']['adapted']:,}", run.count(epsilon, k),
+                      run.null_count(epsilon, k), run.slots(k))
+    columns = ["test accuracy, %", "trained weights", "intruders", "matched null", "vectors"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return table.rename_axis(columns=f"ε = {epsilon:g}, k = {k}")

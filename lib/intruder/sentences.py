@@ -8,38 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
-from .findings import RunSpectra, one_source, compare, count_frame, label_order, label_text, spread
+from .findings import RunSpectra, compare, count_frame, label_order, label_text, one_source, signed, spread
 
 
 def say_counts(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> str:
-    """A Markdown list, one line per method: its count over seeds, against its null and against full fine-tuning.
+    """A Markdown list: full fine-tuning's count, which ranks have more or fewer, and who differs from its matched null.
 
-    Every number and every word comes from the runs, so the sentence stays true whichever way they went.
+    "More" and "fewer" stand only where the 95 % interval of the difference excludes zero (`findings.verdict_table` has
+    the intervals); with one seed nothing is compared. The runs are of one preset and task, else InputError.
     """
     one_source(runs)
     frame = count_frame(runs, epsilon, k)
-    full = frame[frame["label"] == "full"]["count"]
+    groups = {label: frame[frame["label"] == label] for label in sorted(frame["label"].unique(), key=label_order)}
+    mean = {label: f"{label_text(label)} ({spread(part['count'])})" for label, part in groups.items()}
+    against_null = {label: f"{mean[label][:-1]} against {spread(part['null'])})" for label, part in groups.items()}
     lines = []
-    for label in sorted(frame["label"].unique(), key=label_order):
-        part = frame[frame["label"] == label]
-        line = (f"- **{label_text(label)}**: {spread(part['count'])} of {part['slots'].iloc[0]} vectors, seeds: "
-                f"{len(part)}; matched null {spread(part['null'])}{_verdict(part['count'], part['null'], 'its null')}")
-        if label != "full" and len(full):
-            line += _verdict(part["count"], full, "full fine-tuning")
-        lines.append(line + ".")
+    if "full" in groups:
+        full = groups["full"]["count"]
+        others = {label: compare(part["count"], full).word for label, part in groups.items() if label != "full"}
+        lines.append(f"- At ε = {epsilon:g} and k = {k}, full fine-tuning has **{spread(full)}** intruder dimensions "
+                     f"among {groups['full']['slots'].iloc[0]} vectors ({_seeds(full)}).")
+        lines += [f"- Against full fine-tuning: {_sorted_by_word(others, mean)}."] if others else []
+    nulls = {label: compare(part["count"], part["null"]).word for label, part in groups.items()}
+    lines.append(f"- Against their matched random nulls: {_sorted_by_word(nulls, against_null)}.")
     return "\n".join(lines)
 
 
-def _verdict(a: Sequence[float], b: Sequence[float], name: str) -> str:
-    result = compare(a, b)
-    if not np.isfinite(result.low):
-        return f"; one seed only, so no comparison with {name}"
-    interval = f"difference {result.difference:+.1f}, 95 % interval {result.low:+.1f} to {result.high:+.1f}"
-    words = {"more": f"more than {name}", "fewer": f"fewer than {name}", "unclear": f"no clear difference from {name}"}
-    return f"; {words[result.word]} ({interval})"
+def _seeds(values: Sequence[float]) -> str:
+    return f"{len(values)} seeds" if len(values) != 1 else "one seed, so nothing can be compared"
+
+
+def _sorted_by_word(words: dict[str, str], names: dict[str, str]) -> str:
+    shown = {"more": "**more**", "unclear": "no clear difference", "fewer": "**fewer**"}
+    parts = [(text, [names[label] for label in words if words[label] == word]) for word, text in shown.items()]
+    return "; ".join(f"{text}: {', '.join(held)}" for text, held in parts if held)
 
 
 def say_gap(summary: pd.DataFrame, preset: str, points: float = 2.0) -> str:
@@ -52,7 +56,7 @@ def say_gap(summary: pd.DataFrame, preset: str, points: float = 2.0) -> str:
         labels = [label for label in sorted(means.index, key=label_order) if label.startswith("lora")]
         gaps = {label: means[label] - means["full"] for label in labels}
         near = [label_text(label) for label, gap in gaps.items() if abs(gap) <= points]
-        far = [f"{label_text(label)} ({gap:+.1f})" for label, gap in gaps.items() if abs(gap) > points]
+        far = [f"{label_text(label)} ({signed(gap)})" for label, gap in gaps.items() if abs(gap) > points]
         lines.append(f"- **{preset} · {task}**: full fine-tuning {means['full']:.1f} %. Within {points:g} points: "
                      f"{', '.join(near) or 'none'}. Further away: {', '.join(far) or 'none'}.")
     return "\n".join(lines)

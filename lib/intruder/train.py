@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,9 @@ from .errors import InputError
 
 CHUNK = 32  # batches whose examples are sorted by length together, so that little padding is computed
 EVALUATION_BATCH = 128
+# what `accelerate launch --cpu --num_processes 2` leads to where no MPI is installed
+ONE_PROCESS = ("intruder: note: `accelerate launch --cpu` has started one process only (more need MPI); the numbers are "
+               "the same. For several processes on a CPU: accelerate launch --multi_gpu --num_processes 2 -m intruder ...")
 
 
 class Encoded(NamedTuple):
@@ -46,6 +50,8 @@ class Fit(NamedTuple):
 def make_accelerator(config: RunConfig) -> Accelerator:
     """An Accelerator for the configured precision: `auto` is bf16 or fp16 on a GPU that has it and float32 on a CPU."""
     cuda = torch.cuda.is_available()
+    if not cuda and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        print(ONE_PROCESS, file=sys.stderr)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "no" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -123,12 +129,15 @@ def fit(model: torch.nn.Module, train: Encoded, validation: Encoded, config: Run
     folder.mkdir(parents=True, exist_ok=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    warmup = int(config.warmup_ratio * config.steps)
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, config.steps)
+    inner = optimizer
     order = batch_order(train, config)
     model, optimizer = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(model)
-    state = _resume(plain, optimizer, schedule, config, folder)
+    state = _resume(plain, inner, config, folder)
+    for group in inner.param_groups:
+        group["initial_lr"] = config.learning_rate
+    warmup = int(config.warmup_ratio * config.steps)
+    schedule = get_linear_schedule_with_warmup(inner, warmup, config.steps, last_epoch=state["step"] - 1)
     marks = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
     losses = []
     bar = tqdm(range(state["step"], config.steps), initial=state["step"], total=config.steps, unit="step",
@@ -162,7 +171,7 @@ def fit(model: torch.nn.Module, train: Encoded, validation: Encoded, config: Run
             if accelerator.is_main_process:
                 if better:
                     _save(folder / "best.safetensors", _trainable(plain))
-                _checkpoint(plain, optimizer, schedule, config, folder, state)
+                _checkpoint(plain, inner, config, folder, state)
             accelerator.wait_for_everyone()
             bar.set_postfix(validation=f"{score:.3f}")
     if not np.isfinite([point["loss"] for point in state["curve"]]).all():
@@ -191,22 +200,19 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     os.replace(partial, path)
 
 
-def _moments(optimizer):
-    """(names, moment dictionaries) of AdamW in the order of its parameters."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner, [p for group in inner.param_groups for p in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _checkpoint(model, optimizer, schedule, config: RunConfig, folder: Path, state: dict) -> None:
-    inner, parameters = _moments(optimizer)
+def _checkpoint(model, optimizer, config: RunConfig, folder: Path, state: dict) -> None:
     tensors = {f"weight.{name}": tensor for name, tensor in _trainable(model).items()}
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(_parameters(optimizer)):
         for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensors[f"{key}.{i}"] = inner.state[parameter][key].detach().cpu().contiguous()
+            tensors[f"{key}.{i}"] = optimizer.state[parameter][key].detach().cpu().contiguous()
     _save(folder / "checkpoint.safetensors", tensors, {"state": json.dumps(state), "digest": config.digest()})
 
 
-def _resume(model, optimizer, schedule, config: RunConfig, folder: Path) -> dict:
+def _resume(model, optimizer, config: RunConfig, folder: Path) -> dict:
     """Continue from `folder`/checkpoint.safetensors if it is there; else start afresh."""
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
@@ -219,10 +225,7 @@ def _resume(model, optimizer, schedule, config: RunConfig, folder: Path) -> dict
     tensors, state = load_file(path), json.loads(metadata["state"])
     _load(model, {name.removeprefix("weight."): tensor for name, tensor in tensors.items()
                   if name.startswith("weight.")})
-    inner, parameters = _moments(optimizer)
-    for i, parameter in enumerate(parameters):
-        inner.state[parameter] = {key: tensors[f"{key}.{i}"].to(parameter.device if key != "step" else "cpu")
+    for i, parameter in enumerate(_parameters(optimizer)):
+        optimizer.state[parameter] = {key: tensors[f"{key}.{i}"].to(parameter.device if key != "step" else "cpu")
                                   for key in ("exp_avg", "exp_avg_sq", "step")}
-    for _ in range(state["step"]):
-        schedule.step()
     return state

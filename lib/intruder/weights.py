@@ -80,7 +80,7 @@ def matrix_name(tensor: str) -> str:
 
 
 def is_counted(name: str) -> bool:
-    """Whether the rule counts a matrix of this name: it lies in a numbered layer and no part of the name is excluded."""
+    """Whether the rule counts a matrix of this name: in a numbered layer, and no part of the name excluded."""
     parts = name.split(".")
     return any(part.isdigit() for part in parts) and NOT_COUNTED.isdisjoint(parts)
 
@@ -146,8 +146,8 @@ def _full_sources(base: Checkpoint, names: dict[str, str], tuned: Checkpoint) ->
     for checkpoint in (base, tuned):
         if checkpoint.model_type in TRANSPOSED_MODELS:
             raise InputError(
-                f"{checkpoint.folder} is a {checkpoint.model_type} model, which stores its weights transposed; wanted a "
-                "model with weights of shape (out, in), or a LoRA adapter on this one"
+                f"{checkpoint.folder} is a {checkpoint.model_type} model, which stores its weights transposed; wanted "
+                "a model with weights of shape (out, in), or a LoRA adapter on this one"
             )
     tuned_names = counted_tensors(tuned.shapes, f"the tuned checkpoint {tuned.folder}")
     for mine, other, folder in ((names, tuned_names, tuned.folder), (tuned_names, names, base.folder)):

@@ -70,12 +70,12 @@
     });
   }
 
-  /* The sentence that the chart computes as an invisible text mark, put where everyone can read it. */
+  /* The sentence that the chart computes as the description of an invisible mark, put where everyone can read it. */
   function readout(host) {
-    const mark = host.querySelector("[class*='readout'] text");
+    const mark = host.querySelector("[class*='readout'] path");
     const out = host.querySelector(".book-readout");
     out.hidden = !host.hasReadout;
-    out.textContent = mark ? mark.textContent : "No run of this method is recorded here.";
+    out.textContent = mark ? mark.getAttribute("aria-label") : "No run of this method is recorded here.";
     host.dataset.draws = +(host.dataset.draws || 0) + 1;
   }
 
