@@ -27,13 +27,15 @@ book: $(STAMP)
 
 # A Chromium for the tests of the built pages: one that is here, else Debian's where we may install it.
 browser:
-	@if command -v chromium chromium-browser google-chrome > /dev/null; then true; \
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then true; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium \
+	  > /dev/null || echo "Chromium could not be installed; the tests in a browser will say so."; \
 	else echo "No Chromium found and none can be installed here; the tests in a browser will be skipped."; fi
 
+# Besides tests/, every chapter runs as a notebook with a live kernel, which the strict build does not do.
 test: $(STAMP) browser
-	$(BIN)/python -m pytest -c tests/pytest.ini --rootdir=. tests --nbmake book/*.ipynb
+	$(BIN)/python -m pytest -c tests/pytest.ini --nbmake --nbmake-timeout=600 tests book/*.ipynb
 
 clean:
 	rm -rf _build .pytest_cache .hypothesis lib/build

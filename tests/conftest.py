@@ -124,3 +124,56 @@ def adapter_dir(base_dir: Path, tiny_bert, add_lora) -> Path:
     folder = base_dir.parent / "adapter"
     add_lora(tiny_bert()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_tensors():
+    """save(folder, tensors, name="model.safetensors") -> the folder, holding these numpy arrays or torch tensors."""
+    import safetensors.torch
+    import torch
+
+    def save(folder: Path, tensors: dict, name: str = "model.safetensors") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: torch.as_tensor(value).clone().contiguous() for key, value in tensors.items()}
+        safetensors.torch.save_file(tensors, folder / name)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def save_adapter(save_tensors):
+    """save(folder, factors, **config) -> an adapter folder; factors: {module: (B, A)}, as PEFT names them."""
+    import json
+
+    def save(folder: Path, factors: dict, extra: dict | None = None, **config) -> Path:
+        rank = next(iter(factors.values()))[1].shape[0]
+        tensors = dict(extra or {})
+        for module, (B, A) in factors.items():
+            tensors[f"base_model.model.{module}.lora_B.weight"] = B
+            tensors[f"base_model.model.{module}.lora_A.weight"] = A
+        save_tensors(folder, tensors, "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8} | config
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random RoBERTa of 2 layers x 32 with an LM head and the miniature language's tokenizer, as a model folder."""
+    import torch
+    import transformers
+
+    from intruder.models import load_tokenizer, nano_folder
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-nano"
+    tokenizer = load_tokenizer(str(nano_folder()))
+    sizes = ENCODER_SIZES | {"vocab_size": len(tokenizer), "intermediate_size": 64, "max_position_embeddings": 98}
+    config = transformers.RobertaConfig(**sizes, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1)
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -15,7 +15,11 @@ LAYERS = ("query", "key", "value", "attention.output", "intermediate", "output")
 def fake_record(preset: str, task: str, method: str, rank: int | None, seed: int) -> RunRecord:
     """A complete record with plausible numbers that depend on method, rank and seed."""
     rng = np.random.default_rng([seed, rank or 0])
-    size = 12 * 128 * 128 * 4 if method == "full" else 4 * (4 * 256 + 2 * 640) * (rank or 0)
+    shapes = {name: [512, 128] if name == "intermediate" else [128, 512] if name == "output" else [128, 128]
+              for name in LAYERS}
+    size = sum(m * n if method == "full" else (rank or 0) * (m + n) for m, n in shapes.values())
+    matrices = [{"name": name, "shape": shape, "effective_rank": 1.0, "update_norm": 1.0, "pretrained_norm": 1.0}
+                for name, shape in shapes.items()]
     accuracy = {"head": 0.62, "full": 0.9, "lora": 0.89}[method] + 0.004 * float(rng.standard_normal())
     label = f"{method}-r{rank}" if rank else method
     return RunRecord(
@@ -27,7 +31,8 @@ def fake_record(preset: str, task: str, method: str, rank: int | None, seed: int
                     "model": {"id": "made-up", "sha256": "0" * 64}, "data": {"id": "made-up", "sha256": "0" * 64}},
         training={"steps": 100, "best_step": 80, "trainable": {"adapted": size, "head": 500}, "curve": []},
         metrics={"validation_accuracy": accuracy, "test_accuracy": accuracy, "majority_accuracy": 0.4,
-                 "pseudo_loss": 1.2, "base_pseudo_loss": 1.1})
+                 "pseudo_loss": 1.2, "base_pseudo_loss": 1.1},
+        matrices=[] if method == "head" else matrices)
 
 
 def fake_spectra(run: str, method: str, rank: int | None, seed: int, layers: int, width: int) -> pd.DataFrame:

@@ -77,8 +77,9 @@ def test_an_address_that_continues_the_old_one_is_set_once(copy):
 
 
 @pytest.mark.parametrize("url", [
-    "", "github.com/a/b", "http://github.com/a/b", "https://github.com/a", "https://github.com/a/b/", "https://github.com/a/b.git",
-    "https://github.com/a/b c", "https://github.com/a/b?x=1", "https://gitlab.com/a/b", "https://github.com/-a/b",
+    "", "github.com/a/b", "http://github.com/a/b", "https://github.com/a", "https://github.com/a/b/",
+    "https://github.com/a/b.git", "https://github.com/a/b c",
+    "https://github.com/a/b?x=1", "https://gitlab.com/a/b", "https://github.com/-a/b",
     "https://github.com/a/b\nc", "https://github.com/a/..", None, 3,
 ])
 def test_malformed_addresses_are_refused(copy, url):

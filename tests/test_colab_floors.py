@@ -17,7 +17,8 @@ COLAB = {
 PROJECT = tomllib.loads((REPOSITORY / "lib" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RANGES = [Requirement(text) for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"],
                                          *PROJECT["optional-dependencies"]["hub"])]
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+REQUIREMENTS = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8")
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", REQUIREMENTS, re.MULTILINE))
 
 
 def canonical(name: str) -> str:
@@ -45,6 +46,6 @@ def test_python_of_colab_is_admitted():
 
 def test_requirements_end_with_the_library():
     """The last line installs lib/ itself, and every other line is an exact pin or a comment."""
-    lines = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    lines = REQUIREMENTS.split("\n")
     assert lines[-2:] == ["-e ./lib", ""]
     assert all(not line or line.startswith("#") or "==" in line for line in lines[:-2])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from intruder import InputError, count_intruders, max_cosines
 from intruder.synthetic import planted_intruders
 
@@ -31,7 +32,10 @@ def count_by_hand(W0: np.ndarray, W: np.ndarray, epsilon: float, k: int) -> int:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    rows=st.integers(2, 9), columns=st.integers(2, 9), seed=st.integers(0, 999), epsilon=st.sampled_from([0.3, 0.6, 0.9])
+    rows=st.integers(2, 9),
+    columns=st.integers(2, 9),
+    seed=st.integers(0, 999),
+    epsilon=st.sampled_from([0.3, 0.6, 0.9]),
 )
 def test_counting_is_algorithm_1_word_by_word(rows, columns, seed, epsilon):
     """On random matrices of any shape, every k gives the number that the loop of Algorithm 1 gives."""

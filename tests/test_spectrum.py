@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from intruder import InputError
 from intruder.spectrum import effective_rank, factored_svd, svd, working_precision
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from intruder import InputError
 from intruder.synthetic import matched_null, planted_intruders, random_update
 

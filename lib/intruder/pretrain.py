@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaske
 
 from . import language, tasks
 from .errors import InputError
+from .models import adapted_names, load_masked_lm
 from .provenance import provenance, write_json
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's order: ids 0 to 4
@@ -166,8 +168,26 @@ def pretrain(out: str | Path, settings: dict | None = None, stop_after: int | No
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(out)
         model.eval().save_pretrained(out)
+        (out / "model.safetensors").chmod(0o644)
+        record |= describe(out, settings["seed"])
     write_json(out / "record.json", record)
     return record
+
+
+def describe(folder: str | Path, seed: int = 0) -> dict:
+    """Hash and spectra of the saved weights: {'sha256', 'spectral_head': one entry for each adapted matrix}.
+
+    `head` is how many singular values exceed the largest one of a matrix with the same entries in random places: those
+    directions are clear of the random bulk. `top_ratio` is the largest singular value over that one.
+    """
+    folder, generator, rows = Path(folder), torch.Generator().manual_seed(seed), []
+    model = load_masked_lm(str(folder))
+    for name in adapted_names(model):
+        weight = model.get_submodule(name).weight.detach()
+        shuffled = weight.flatten()[torch.randperm(weight.numel(), generator=generator)].reshape(weight.shape)
+        edge, S = torch.linalg.svdvals(shuffled)[0], torch.linalg.svdvals(weight)
+        rows.append({"name": name, "head": int((S > edge).sum()), "of": len(S), "top_ratio": round(float(S[0] / edge), 3)})
+    return {"sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), "spectral_head": rows}
 
 
 def read_record(folder: str | Path) -> dict:
