@@ -72,7 +72,7 @@ MUTATIONS = (
         "no alpha / r",
         (
             (
-                "weights.py",
+                "changes.py",
                 "return scale * (B.detach().float() @ A.detach().float())",
                 "return B.detach().float() @ A.detach().float()",
             ),

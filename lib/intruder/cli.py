@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from .errors import InputError
@@ -32,6 +33,37 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--epsilon", type=float, default=0.5, help="similarity threshold in (0, 1] (default 0.5)")
     add.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add.set_defaults(act=_count)
+
+    add = commands.add_parser("audit", help="count, weigh and map the intruder dimensions of a model; write a report")
+    add.add_argument("base", help="folder or hub id (owner/name@revision) of the pre-trained checkpoint")
+    add.add_argument("tuned", help="folder or hub id of the fine-tuned checkpoint, or of a PEFT adapter")
+    add.add_argument("--k", type=int, default=10, help="leading singular vectors examined in each matrix (default 10)")
+    add.add_argument("--epsilon", type=float, default=0.5, help="similarity threshold in (0, 1] (default 0.5)")
+    add.add_argument("--out", default="audit", help="new folder for the JSON, the table and the page (default audit)")
+    add.add_argument("--device", help="cpu, cuda or cuda:0 (default: a GPU if there is one)")
+    add.add_argument("--resume", action="store_true", help="continue an audit that was stopped, or read a finished one")
+    add.add_argument("--include", metavar="REGEX", help="only matrices whose name it finds, e.g. 'layers\\.[0-3]\\.'")
+    add.add_argument("--cache", metavar="DIR", help="keep decompositions of the base there for later audits")
+    add.add_argument("--cache-gb", type=float, default=20.0, help="largest size of that folder in GB (default 20)")
+    add.set_defaults(act=_audit)
+
+    add = commands.add_parser("mitigate", help="scale the intruder dimensions of a PEFT adapter; write a new adapter")
+    add.add_argument("base", help="folder or hub id of the pre-trained checkpoint")
+    add.add_argument("adapter", help="folder or hub id of the PEFT adapter")
+    add.add_argument("--scale", type=float, required=True, metavar="LAMBDA",
+                     help="factor on each chosen intruder: 0 removes it, 1 changes nothing")
+    add.add_argument("--out", required=True, help="new folder for the adapter and mitigation.json")
+    add.add_argument("--which", choices=["top", "all"], default="top",
+                     help="the first intruder of each matrix, or all among the leading k (default top)")
+    add.add_argument("--control", choices=["neighbour", "norm-matched", "random"],
+                     help="edit as much of something else instead")
+    add.add_argument("--rank", choices=["keep", "grow"], default="grow",
+                     help="grow: exact, rank r + |I|; keep: the best adapter of rank r (default grow)")
+    add.add_argument("--k", type=int, default=10, help="leading singular vectors examined in each matrix (default 10)")
+    add.add_argument("--epsilon", type=float, default=0.5, help="similarity threshold in (0, 1] (default 0.5)")
+    add.add_argument("--rounds", type=int, default=1, help="repeat on the result while intruders are left (default 1)")
+    add.add_argument("--cache", metavar="DIR", help="keep decompositions of the base there for later commands")
+    add.set_defaults(act=_mitigate)
 
     add = commands.add_parser("run", help="train and measure one configuration; write its record and spectra")
     add.add_argument("config", help="JSON file with differences from the defaults")
@@ -90,6 +122,44 @@ def _count(options) -> None:
     from .count import count_checkpoints, format_table
     result = count_checkpoints(options.base, options.tuned, options.k, options.epsilon)
     print(json.dumps(result) if options.json else format_table(result))
+
+
+def _audit(options) -> None:
+    from .audit import audit
+    if not options.cache_gb > 0:
+        raise InputError(f"cache-gb is {options.cache_gb}; wanted more than 0")
+    result = audit(options.base, options.tuned, options.k, options.epsilon, options.out, options.device, options.resume,
+                   options.include, options.cache, int(options.cache_gb * 1e9), _Lines())
+    if result is not None:
+        share = f"{result['total']} intruder dimensions among {result['vectors']} vectors"
+        print(f"{share} of {len(result['matrices'])} matrices, epsilon = {result['epsilon']:g}, k = {result['k']}; "
+              f"{result['borderline']} borderline; see {Path(options.out) / 'report.html'}")
+
+
+def _mitigate(options) -> None:
+    from .mitigate import mitigate_adapter
+    result = mitigate_adapter(options.base, options.adapter, options.scale, options.out, options.which, options.control,
+                              options.rank, options.k, options.epsilon, options.rounds, cache=options.cache,
+                              say=_Lines())
+    lost = max((matrix["discarded"] for matrix in result["matrices"]), default=0.0)
+    more = f"; up to {100 * lost:.1f} % of an edit discarded to keep the rank" if options.rank == "keep" else ""
+    if not result["matrices_edited"]:
+        print(f"nothing to edit: {options.out} is a copy of the adapter")
+        return
+    print(f"{result['total_before']} intruder dimensions before, {result['total_after']} after, "
+          f"{result['matrices_edited']} matrices edited{more}; {options.out} loads with PeftModel.from_pretrained")
+
+
+class _Lines:
+    """Progress on standard error: every line on a terminal, elsewhere one in ten seconds."""
+
+    def __init__(self) -> None:
+        self.last = float("-inf")
+
+    def __call__(self, line: str) -> None:
+        if sys.stderr.isatty() or time.monotonic() - self.last > 10:
+            print(line, file=sys.stderr, flush=True)
+            self.last = time.monotonic()
 
 
 def _run(options) -> None:

@@ -20,6 +20,14 @@ class Spectrum(NamedTuple):
     Vh: torch.Tensor
 
 
+class LowRank(NamedTuple):
+    """A low-rank update Delta W = scale * B A that is kept in factors: B has shape (m, r) and A has shape (r, p)."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+    scale: float = 1.0
+
+
 def svd(matrix: torch.Tensor) -> Spectrum:
     """Thin singular value decomposition W = sum_i sigma_i u_i v_i^T, sigma_1 >= sigma_2 >= ... >= 0.
 
@@ -32,7 +40,7 @@ def svd(matrix: torch.Tensor) -> Spectrum:
 
     Source: Algorithm 1, step 1, of arXiv 2410.21228 (the authors use the thin decomposition in float32).
     """
-    matrix = _real_matrix(matrix, "matrix")
+    matrix = real_matrix(matrix, "matrix")
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return Spectrum(U, S, Vh)
 
@@ -49,7 +57,7 @@ def factored_svd(B: torch.Tensor, A: torch.Tensor, scale: float = 1.0) -> Spectr
 
     Source: paper, section 2 (LoRA update Delta W = (alpha / r) B A).
     """
-    B, A = _real_matrix(B, "B"), _real_matrix(A, "A")
+    B, A = real_matrix(B, "B"), real_matrix(A, "A")
     if B.shape[1] != A.shape[0]:
         raise InputError(
             f"B has shape {tuple(B.shape)} and A has shape {tuple(A.shape)}; wanted (m, r) and (r, p) with the same r; "
@@ -93,7 +101,8 @@ def working_precision(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.detach().to(torch.float64 if min(matrix.shape, default=0) <= 1024 else torch.float32)
 
 
-def _real_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
+def real_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
+    """The matrix, half precision promoted to float32; InputError unless it is a finite, real, non-empty matrix."""
     if not isinstance(matrix, torch.Tensor):
         raise InputError(
             f"{name} is a {type(matrix).__name__}; wanted a torch tensor; call torch.as_tensor({name}) first"
@@ -104,6 +113,7 @@ def _real_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
         raise InputError(f"{name} has dtype {matrix.dtype}; wanted real floating point; call {name}.float() first")
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    if not torch.isfinite(matrix).all():
+    # One pass without a copy; a norm that overflows says nothing yet.
+    if not torch.isfinite(torch.linalg.vector_norm(matrix)) and not torch.isfinite(matrix).all():
         raise InputError(f"{name} of shape {tuple(matrix.shape)} holds NaN or infinity; wanted finite numbers")
     return matrix.detach()

@@ -1,297 +1,228 @@
-"""Pairs (pre-trained, tuned) of the weight matrices that are counted, from checkpoints on disk or a model in memory.
+"""Pairs (pre-trained, tuned) of the weight matrices that are counted, from checkpoints and adapters, one at a time.
 
-The rule. Counted: the two-dimensional weights of linear layers inside the numbered layers of the encoder (attention and
-feed-forward). Not counted: embeddings, biases, LayerNorms, poolers, language-model and classification heads, anything
-outside a numbered layer, and tensors that are not two-dimensional. With a LoRA adapter only the matrices it adapts are
-counted; the others have not changed.
-
-Names. Tensors are matched after the wrappers of the libraries (`base_model.model.`, `module.`) and the prefix of the
-architecture (`bert.`, `roberta.`, `model.` ...) are taken off, so a bare BertModel pairs with a BertForMaskedLM.
+Which matrices are counted, under which names and in which orientation: see `layout`. What an adapter does to a weight:
+see `changes`. A tuned side is a full checkpoint or a PEFT adapter: LoRA (alpha / r, rsLoRA, patterns of ranks and
+alphas, transposed weights, embeddings, convolutions, stacked experts), DoRA, PiSSA and OLoRA against the true W0,
+AdaLoRA, VeRA. `lora_bias` and biases do not change a matrix and are passed over. A counted matrix in `modules_to_save`
+is read whole. What cannot be read is refused by name.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from .checkpoints import TRANSPOSED_MODELS, Adapter, Checkpoint, open_adapter, open_checkpoint
+from .adapters import Adapter, open_adapter
+from .changes import (
+    Change,
+    MatrixPair,
+    PairSource,
+    dora_change,
+    lora_scale,
+    lora_update,
+    olora_change,
+    pissa_change,
+)
+from .checkpoints import Checkpoint, open_checkpoint
 from .errors import InputError
+from .experts import expert_updates, stacks
+from .hub import local_folder
+from .layout import View, is_counted, matrix_name, natural
+from .loaded import model_pairs
 
-WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
-ARCHITECTURES = (
-    "bert",
-    "roberta",
-    "distilbert",
-    "electra",
-    "deberta",
-    "mpnet",
-    "camembert",
-    "longformer",
-    "model",
-    "transformer",
-)
-NOT_COUNTED = frozenset(
-    "embeddings embedding word_embeddings position_embeddings token_type_embeddings embed_tokens embed_positions wte "
-    "wpe "
-    "shared pooler cls classifier classification_head pre_classifier score lm_head predictions vocab_transform "
-    "vocab_projector vocab_layer_norm qa_outputs generator_predictions generator_lm_head discriminator_predictions "
-    "LayerNorm layer_norm rel_embeddings relative_attention_bias".split()
-)
+__all__ = [
+    "Change",
+    "MatrixPair",
+    "PairSource",
+    "checkpoint_pairs",
+    "is_counted",
+    "lora_scale",
+    "lora_update",
+    "matrix_name",
+    "model_pairs",
+    "not_counted",
+    "pair_sources",
+]
 
-
-class MatrixPair(NamedTuple):
-    """One weight before and after: float32, shape (out, in). `update` is tuned - pretrained where the factors give it.
-
-    For LoRA, `update` = scale * B A in float32 and `tuned` = `pretrained` + `update`; otherwise `update` is None and
-    the difference of the two matrices carries the rounding of float32.
-    """
-
-    name: str
-    pretrained: torch.Tensor
-    tuned: torch.Tensor
-    update: torch.Tensor | None = None
-
-
-class PairSource(NamedTuple):
-    """A pair that has not been read yet: its name, its shape (out, in), and the call that reads it."""
-
-    name: str
-    shape: tuple[int, int]
-    load: Callable[[], MatrixPair]
-
-
-def matrix_name(tensor: str) -> str:
-    """The name of a matrix: the tensor's name without library wrappers, architecture prefix and `.weight`.
-
-    'base_model.model.bert.encoder.layer.0.output.dense.base_layer.weight' -> 'encoder.layer.0.output.dense'
-    """
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in WRAPPERS:
-            if tensor.startswith(prefix):
-                tensor, stripped = tensor.removeprefix(prefix), True
-    first, dot, rest = tensor.partition(".")
-    if dot and first in ARCHITECTURES:
-        tensor = rest
-    return tensor.removesuffix(".weight").removesuffix(".base_layer")
-
-
-def is_counted(name: str) -> bool:
-    """Whether the rule counts a matrix of this name: in a numbered layer, and no part of the name excluded."""
-    parts = name.split(".")
-    return any(part.isdigit() for part in parts) and NOT_COUNTED.isdisjoint(parts)
-
-
-def lora_scale(alpha: float, rank: int, rslora: bool = False) -> float:
-    """The factor s of the update s * B A: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def lora_update(B: torch.Tensor, A: torch.Tensor, scale: float) -> torch.Tensor:
-    """The dense update scale * B A in float32: B of shape (out, r), A of shape (r, in), any floating-point dtype."""
-    return scale * (B.detach().float() @ A.detach().float())
+# Where an embedding is stored when the model ties it to another name.
+TIED = ("shared", "embed_tokens", "encoder.embed_tokens", "decoder.embed_tokens", "wte", "lm_head")
 
 
 def checkpoint_pairs(base_dir: str | Path, tuned_dir: str | Path) -> Iterator[MatrixPair]:
-    """Every counted matrix of two local checkpoints, read one at a time, in the order of their names.
+    """Every counted matrix of a base and a tuned checkpoint, read one at a time, in the order of their names.
 
-    `base_dir` holds model.safetensors or its sharded index; `tuned_dir` holds the same, or a PEFT adapter
-    (adapter_config.json and adapter_model.safetensors) with plain LoRA: W = W0 + s B A, s = alpha / r or alpha /
-    sqrt(r) (rsLoRA), ranks and alphas by pattern, transposed weights (fan_in_fan_out). Everything is float32, also when
-    stored in half precision. Nothing is downloaded and no model is built.
+    Each side is a local folder, a hub id, or a hub id at a revision (`owner/name@revision`). The base holds
+    model.safetensors or its sharded index; the tuned side the same, or a PEFT adapter (adapter_config.json and
+    adapter_model.safetensors). Everything is float32, also when stored in half precision; an adapter is added in
+    float32 from its factors. No model is built, and at most one matrix and its factors are in memory.
 
-    Raises InputError, before the first pair where names and shapes decide: a missing folder or file, a pickle instead
-    of safetensors, another kind of adapter (named), an adapter that does not fit the base, a counted matrix present on
-    one side only, shapes that differ, nothing to count; and while reading: NaN or infinity, naming tensor and file.
+    Raises InputError, before the first pair where names and shapes decide: a missing folder or file, a truncated file,
+    a pickle instead of safetensors, an adapter that is not read (named, with the way out), an adapter that does not fit
+    the base, a quantised base, a counted matrix present on one side only, shapes that differ, nothing to count; and
+    while reading: NaN or infinity, naming tensor and file.
     """
     return (source.load() for source in pair_sources(base_dir, tuned_dir))
 
 
 def pair_sources(base_dir: str | Path, tuned_dir: str | Path) -> list[PairSource]:
-    """The pairs of `checkpoint_pairs` with names and shapes known and matched, but no matrix read yet."""
-    base = open_checkpoint(base_dir)
-    names = counted_tensors(base.shapes, f"the base {base_dir}")
-    tuned_dir = Path(tuned_dir)
-    if (tuned_dir / "adapter_config.json").is_file():
-        sources = _adapter_sources(base, names, open_adapter(tuned_dir))
+    """The pairs of `checkpoint_pairs` with names and shapes known and matched, but no matrix read yet.
+
+    `source.load_change()` reads the pre-trained matrix and the factors of a low-rank update, or the tuned matrix;
+    `source.load()` reads both matrices.
+    """
+    base, tuned = open_checkpoint(local_folder(base_dir)), local_folder(tuned_dir)
+    if (tuned / "adapter_config.json").is_file():
+        sources = _adapter_sources(base, open_adapter(tuned))
     else:
-        sources = _full_sources(base, names, open_checkpoint(tuned_dir))
+        sources = _full_sources(base, open_checkpoint(tuned))
     if not sources:
         raise InputError(
             f"no matrix to count in {tuned_dir} against {base_dir}; wanted attention and feed-forward weights with the "
             "same names on both sides: check that the base is the model that was fine-tuned"
         )
-    return sorted(sources, key=lambda source: _natural(source.name))
+    return sorted(sources, key=lambda source: natural(source.name))
 
 
-def counted_tensors(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
-    """Counted matrix name -> tensor name, from all tensors of a checkpoint; InputError if two have the same name."""
-    found: dict[str, str] = {}
-    for tensor, shape in shapes.items():
-        name = matrix_name(tensor)
-        if len(shape) != 2 or not tensor.endswith(".weight") or not is_counted(name):
-            continue
-        if name in found:
-            raise InputError(
-                f"{where} holds both {found[name]!r} and {tensor!r}; wanted one tensor for the matrix {name}"
-            )
-        found[name] = tensor
-    return found
+def not_counted(base_dir: str | Path, tuned_dir: str | Path) -> list[str]:
+    """Names of what an adapter adapts or stores whole and the rule leaves out (heads, biases); checkpoints: none."""
+    base, tuned = open_checkpoint(local_folder(base_dir)), local_folder(tuned_dir)
+    if not (tuned / "adapter_config.json").is_file():
+        return []
+    adapter = open_adapter(tuned)
+    counted = {source.name for source in _adapter_sources(base, adapter)}
+    names = {matrix_name(module) for module in adapter.targets} - set(stacks(base, adapter))
+    return sorted((names | {matrix_name(tensor) for tensor in adapter.whole_tensors}) - counted, key=natural)
 
 
-def _full_sources(base: Checkpoint, names: dict[str, str], tuned: Checkpoint) -> list[PairSource]:
-    for checkpoint in (base, tuned):
-        if checkpoint.model_type in TRANSPOSED_MODELS:
-            raise InputError(
-                f"{checkpoint.folder} is a {checkpoint.model_type} model, which stores its weights transposed; wanted "
-                "a model with weights of shape (out, in), or a LoRA adapter on this one"
-            )
-    tuned_names = counted_tensors(tuned.shapes, f"the tuned checkpoint {tuned.folder}")
-    for mine, other, folder in ((names, tuned_names, tuned.folder), (tuned_names, names, base.folder)):
+def _full_sources(base: Checkpoint, tuned: Checkpoint) -> list[PairSource]:
+    mine, theirs = base.counted, tuned.counted
+    for own, other, folder in ((mine, theirs, tuned.folder), (theirs, mine, base.folder)):
         # A matrix under a root that the other side does not have at all (a head of an unknown kind) has no partner.
         roots = {name.partition(".")[0] for name in other}
-        lost = sorted((n for n in mine if n not in other and n.partition(".")[0] in roots), key=_natural)
+        lost = sorted((n for n in own if n not in other and n.partition(".")[0] in roots), key=natural)
         if lost:
             raise InputError(
                 f"{folder} has no tensor for the matrix {lost[0]} ({len(lost)} missing); wanted two checkpoints "
                 "of the same architecture"
             )
-    sources = []
-    for name in names.keys() & tuned_names.keys():
-        shape, tuned_shape = base.shapes[names[name]], tuned.shapes[tuned_names[name]]
-        if shape != tuned_shape:
-            raise InputError(
-                f"{name} has shape {shape} in {base.folder} and {tuned_shape} in {tuned.folder}; wanted the same "
-                "shape: check that the base is the model that was fine-tuned"
-            )
-        sources.append(PairSource(name, shape, _full_loader(name, base, names[name], tuned, tuned_names[name])))
-    return sources
+    return [_full_source(base, mine[name], tuned, theirs[name], "full") for name in mine.keys() & theirs.keys()]
 
 
-def _full_loader(name: str, base: Checkpoint, b: str, tuned: Checkpoint, t: str) -> Callable[[], MatrixPair]:
-    return lambda: MatrixPair(name, base.read(b), tuned.read(t))
+def _full_source(base: Checkpoint, view: View, tuned: Checkpoint, other: View, kind: str) -> PairSource:
+    if view.shape != other.shape:
+        raise InputError(
+            f"{view.name} has shape {view.shape} in {base.folder} and {other.shape} in {tuned.folder}; wanted the same "
+            "shape: check that the base is the model that was fine-tuned"
+        )
+
+    def load() -> Change:
+        return Change(view.name, base.matrix(view), tuned=tuned.matrix(other))
+
+    return PairSource(view.name, view.shape, load, kind)
 
 
-def _adapter_sources(base: Checkpoint, names: dict[str, str], adapter: Adapter) -> list[PairSource]:
-    for tensor in adapter.whole_tensors:
-        if tensor.endswith(".weight") and matrix_name(tensor) in names:
-            raise InputError(
-                f"the adapter {adapter.folder} holds a whole copy of the counted matrix {matrix_name(tensor)} "
-                "(modules_to_save); wanted only low-rank updates of it: merge the adapter, save the model with "
-                "save_pretrained and count the full checkpoint"
-            )
-    sources, seen = [], {}
-    for module, factors in adapter.factors.items():
+def _adapter_sources(base: Checkpoint, adapter: Adapter) -> list[PairSource]:
+    base.counted  # noqa: B018 - refuses a quantised base and two tensors of one name before anything else
+    everything = {matrix_name(tensor): tensor for tensor in base.shapes if tensor.endswith(".weight")}
+    sources, places, stacked = [], {}, stacks(base, adapter)
+    for module, target in adapter.targets.items():
         name = matrix_name(module)
-        if not is_counted(name):
-            continue
-        if name in seen:
+        if name not in stacked and (target.kind == "embedding" or is_counted(name)):
+            view = _view(base, adapter, module, everything)
+            if view.tensor in places:
+                raise InputError(
+                    f"the adapter {adapter.folder} holds both {places[view.tensor]!r} and {module!r} for one tensor of "
+                    f"the base, {view.tensor!r}; wanted one of them"
+                )
+            places[view.tensor] = module
+            sources.append((module, view))
+    widest = max((view.shape[1] for _, view in sources), default=0)
+    found = [_adapter_source(base, adapter, module, view, widest) for module, view in sources]
+    for modules in stacked.values():
+        for update in expert_updates(base, adapter, modules):
+            found.append(_expert_source(base, adapter, update))
+    return found + _whole_sources(base, adapter, {source.name for source in found})
+
+
+def _view(base: Checkpoint, adapter: Adapter, module: str, everything: dict[str, str]) -> View:
+    """Where the base stores the weight of an adapted module; InputError if it does not, or the shapes do not fit."""
+    target, name = adapter.targets[module], matrix_name(module)
+    tensor = everything.get(name)
+    if tensor is None and target.kind == "embedding":
+        tied = [everything[other] for other in TIED if other in everything]
+        tensor = next((t for t in tied if base.shapes[t] == target.shape[::-1]), None)
+    if tensor is None:
+        raise InputError(
+            f"the base {base.folder} has no tensor for {name}, which the adapter {adapter.folder} adapts; "
+            "wanted the base that the adapter was trained on"
+        )
+    stored = base.shapes[tensor]
+    if target.kind == "embedding":
+        view = View(name, tensor, stored[::-1], True)
+    else:
+        view = next(iter(base.views(tensor)), View(name, tensor, stored))._replace(name=name)
+        if adapter.transposed and base.model_type is None and len(stored) == 2 and not view.transposed:
+            view = view._replace(shape=stored[::-1], transposed=True)
+    wanted = (target.rows, view.shape[1] if target.columns is None else target.columns)
+    if view.shape != wanted:
+        raise InputError(
+            f"{name} has shape {view.shape} in {base.folder} and the adapter's update has {wanted}; wanted "
+            "the base that the adapter was trained on" + (" (grouped convolutions are not read)" * (len(stored) > 2))
+        )
+    return view
+
+
+def _adapter_source(base: Checkpoint, adapter: Adapter, module: str, view: View, widest: int) -> PairSource:
+    kind, target = adapter.kind, adapter.targets[module]
+    # PEFT moves parts of the base into linear layers only; embeddings beside them start as plain LoRA.
+    if target.kind == "embedding" and kind in ("pissa", "olora"):
+        kind = "lora"
+    elif kind in ("pissa", "olora") and (target.kind == "conv" or (kind == "olora" and view.transposed)):
+        raise InputError(
+            f"{view.name} is adapted with {kind} and is {'a convolution' if target.kind == 'conv' else 'transposed'}; "
+            "wanted a linear weight of shape (out, in): merge the adapter, save the model and count the full checkpoint"
+        )
+    stored = adapter.checkpoint.shapes[target.tensors["A"]][0] if "A" in target.tensors else target.rank
+    rank = {"dora": None, "pissa": 2 * stored, "olora": 2 * stored}.get(kind, stored)
+
+    def load() -> Change:
+        pretrained, factors = base.matrix(view), adapter.read(module, view.shape[1], widest)
+        if kind == "dora":
+            return dora_change(view.name, pretrained, factors, adapter.magnitude(module))
+        if kind in ("pissa", "olora"):
+            return {"pissa": pissa_change, "olora": olora_change}[kind](view.name, pretrained, factors)
+        return Change(view.name, pretrained, factors=factors)
+
+    return PairSource(view.name, view.shape, load, kind, rank)
+
+
+def _expert_source(base: Checkpoint, adapter: Adapter, update) -> PairSource:
+    if adapter.kind not in ("lora", "rslora"):
+        raise InputError(
+            f"{update.view.name} in {adapter.folder} combines target_parameters with {adapter.kind}; wanted plain LoRA"
+        )
+
+    def load() -> Change:
+        return Change(update.view.name, base.matrix(update.view), factors=update.factors(adapter))
+
+    rank = adapter.targets[update.module].rank
+    return PairSource(update.view.name, update.view.shape, load, adapter.kind, rank)
+
+
+def _whole_sources(base: Checkpoint, adapter: Adapter, adapted: set[str]) -> list[PairSource]:
+    """The counted matrices that the adapter stores whole (modules_to_save): tuned like those of a full checkpoint."""
+    whole = Checkpoint(
+        adapter.folder,
+        {tensor: adapter.checkpoint.files[tensor] for tensor in adapter.whole_tensors},
+        {tensor: adapter.checkpoint.shapes[tensor] for tensor in adapter.whole_tensors},
+        base.model_type,
+    )
+    sources = []
+    for name, view in whole.counted.items():
+        if name in adapted or ".base_layer." in view.tensor:
+            continue  # a copy of the frozen base that PEFT saves beside its factors
+        if name not in base.counted:
             raise InputError(
-                f"the adapter {adapter.folder} holds both {seen[name]!r} and {module!r}; wanted one of them"
+                f"the base {base.folder} has no tensor for {name}, of which the adapter {adapter.folder} holds a whole "
+                "copy (modules_to_save); wanted the base that the adapter was trained on"
             )
-        seen[name] = module
-        if name not in names:
-            raise InputError(
-                f"the base {base.folder} has no tensor for {name}, which the adapter {adapter.folder} adapts; "
-                "wanted the base that the adapter was trained on"
-            )
-        shape = base.shapes[names[name]]
-        shape = shape[::-1] if adapter.transposed else shape
-        if shape != factors.shape:
-            raise InputError(
-                f"{name} has shape {shape} in {base.folder} and the adapter's update has {factors.shape}; wanted "
-                "the base that the adapter was trained on"
-            )
-        scale = lora_scale(factors.alpha, factors.rank, adapter.rslora)
-        sources.append(PairSource(name, shape, _adapter_loader(name, base, names[name], adapter, module, scale)))
+        sources.append(_full_source(base, base.counted[name], whole, view, "whole"))
     return sources
-
-
-def _adapter_loader(name: str, base: Checkpoint, tensor: str, adapter: Adapter, module: str, scale: float):
-    def load() -> MatrixPair:
-        pretrained = base.read(tensor)
-        pretrained = pretrained.T.contiguous() if adapter.transposed else pretrained
-        B, A = adapter.read(module)
-        update = lora_update(B, A, scale)
-        return MatrixPair(name, pretrained, pretrained + update, update)
-
-    return load
-
-
-def model_pairs(base_state: Mapping[str, torch.Tensor], model: torch.nn.Module) -> Iterator[MatrixPair]:
-    """Every counted matrix of a model in memory beside its pre-trained value from `base_state` (a state dict).
-
-    A PEFT model with LoRA gives the matrices of its active adapters, merged in float32 from A and B; any other model
-    gives all counted matrices. Tensors stay on the device of the model.
-
-    Raises InputError for a LoRA variant such as DoRA, a base weight that the adapter's set-up changed (PiSSA, OLoRA), a
-    matrix that `base_state` does not have or has in another shape, and if nothing is counted.
-    """
-    names = counted_tensors({key: tuple(value.shape) for key, value in base_state.items()}, "base_state")
-    layers = {
-        matrix_name(path): module
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "lora_A", None), torch.nn.ModuleDict) and is_counted(matrix_name(path))
-    }
-    state = model.state_dict()
-    found = (
-        counted_tensors({key: tuple(value.shape) for key, value in state.items()}, "the model") if not layers else {}
-    )
-    wanted = sorted(layers or found, key=_natural)
-    if not wanted:
-        raise InputError(f"no matrix to count in this {type(model).__name__}; wanted an encoder with linear layers")
-    for name in wanted:
-        if name not in names:
-            raise InputError(f"base_state has no tensor for {name}; wanted the state dict of the pre-trained model")
-    return (
-        _lora_pair(name, base_state[names[name]], layers[name])
-        if layers
-        else _plain_pair(name, base_state[names[name]], state[found[name]])
-        for name in wanted
-    )
-
-
-def _plain_pair(name: str, pretrained: torch.Tensor, tuned: torch.Tensor) -> MatrixPair:
-    _same_shape(name, pretrained, tuned)
-    return MatrixPair(name, pretrained.detach().to(tuned.device).float(), tuned.detach().float())
-
-
-def _lora_pair(name: str, pretrained: torch.Tensor, layer: torch.nn.Module) -> MatrixPair:
-    """The pair of one PEFT LoRA layer: its active adapters, merged in float32 from A and B."""
-    if layer.merged:
-        raise InputError(f"the adapter is merged into {name}; wanted it unmerged: call model.unmerge_adapter()")
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    if not active:
-        raise InputError(f"no active adapter on {name}; wanted one: call model.set_adapter('default')")
-    if any(adapter in layer.lora_variant for adapter in active):
-        raise InputError(f"{name} uses a variant of LoRA such as DoRA; wanted plain LoRA, whose update is s * B A")
-    stored = layer.get_base_layer().weight.detach()
-    _same_shape(name, pretrained, stored)
-    if not torch.equal(pretrained.detach().to(stored), stored):
-        raise InputError(
-            f"the frozen weight {name} of the model differs from base_state; wanted LoRA that leaves the base "
-            "untouched (init_lora_weights=True), and the state dict of the same base"
-        )
-    pretrained = pretrained.detach().to(stored.device).float()
-    pretrained = pretrained.T if layer.fan_in_fan_out else pretrained
-    update = sum(
-        lora_update(layer.lora_B[adapter].weight, layer.lora_A[adapter].weight, layer.scaling[adapter])
-        for adapter in active
-    )
-    return MatrixPair(name, pretrained, pretrained + update, update)
-
-
-def _same_shape(name: str, pretrained: torch.Tensor, tuned: torch.Tensor) -> None:
-    if pretrained.shape != tuned.shape:
-        raise InputError(
-            f"{name} has shape {tuple(pretrained.shape)} in base_state and {tuple(tuned.shape)} in the model; "
-            "wanted the state dict of the pre-trained model"
-        )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorting key that puts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
