@@ -9,6 +9,7 @@ import torch
 from intruder import InputError, pretrain
 from intruder.models import (ADAPTED, adapt, adapted_names, encoder_state, load_classifier, load_masked_lm, load_tokenizer,
                              nano_folder, reattach_lm_head)
+from intruder.records import load_base_record
 from intruder.weights import model_pairs
 
 
@@ -18,7 +19,7 @@ def _ids(tokenizer):
 
 def test_the_committed_nano_weights_are_those_of_the_record():
     """The weights' hash is in the record, the file is under 8 MB, and the record names commit, versions and settings."""
-    record = pretrain.read_record(nano_folder())
+    record = load_base_record()
     weights = (nano_folder() / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == record["sha256"] and len(weights) < 8_000_000
     assert record["status"] == "complete" and record["settings"] == pretrain.NANO
@@ -27,7 +28,7 @@ def test_the_committed_nano_weights_are_those_of_the_record():
 
 def test_the_nano_base_has_learnt_the_language():
     """Its held-out loss, measured again, is the one in the record, and far below that of guessing among the words."""
-    record = pretrain.read_record(nano_folder())
+    record = load_base_record()
     tokenizer, model = load_tokenizer(str(nano_folder())), load_masked_lm(str(nano_folder()))
     loss = pretrain.held_out_loss(model, tokenizer, record["settings"])
     assert loss == pytest.approx(record["curve"][-1]["held_out_loss"], abs=1e-3) and loss < 1.0

@@ -188,8 +188,3 @@ def describe(folder: str | Path, seed: int = 0) -> dict:
         edge, S = torch.linalg.svdvals(shuffled)[0], torch.linalg.svdvals(weight)
         rows.append({"name": name, "head": int((S > edge).sum()), "of": len(S), "top_ratio": round(float(S[0] / edge), 3)})
     return {"sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), "spectral_head": rows}
-
-
-def read_record(folder: str | Path) -> dict:
-    """The record of the run that made the base model in `folder`."""
-    return json.loads((Path(folder) / "record.json").read_text(encoding="utf-8"))

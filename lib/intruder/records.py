@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,14 @@ def results_folder() -> Path:
         "no folder book/results or results in the current folder; wanted the repository's top level or its "
         "folder book: change to one of them, or pass the folder of the records"
     )
+
+
+def load_base_record() -> dict:
+    """The record of the run that pre-trained the nano base: settings, held-out losses, spectra, hash, provenance.
+
+    Read from the installed package, where the weights lie beside it; needs neither torch nor a network.
+    """
+    return json.loads((files("intruder") / "assets" / "nano" / "record.json").read_text(encoding="utf-8"))
 
 
 def gather(run_folder: str | Path, results_folder: str | Path) -> list[Path]:

@@ -6,6 +6,7 @@ difference excludes zero. Each function returns Markdown. Needs numpy and pandas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -16,7 +17,7 @@ from .findings import RunSpectra, compare, count_frame, label_order, label_text,
 def say_counts(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> str:
     """A Markdown list: full fine-tuning's count, which ranks have more or fewer, and who differs from its matched null.
 
-    "More" and "fewer" stand only where the 95 % interval of the difference excludes zero (`findings.verdict_table` has
+    "More" and "fewer" stand only where the 95 % interval of the difference excludes zero (`tables.verdict_table` has
     the intervals); with one seed nothing is compared. The runs are of one preset and task, else InputError.
     """
     one_source(runs)
@@ -75,3 +76,16 @@ def say_ladder(summary: pd.DataFrame, preset: str, ceiling: float = 99.5) -> str
         lines.append(f"- **{task}**: majority {majority:.1f} %, head only {spread(head)} %, full fine-tuning "
                      f"{spread(full)} %, at most {full.max():.1f} %; {verdict}.")
     return "\n".join(lines)
+
+
+def say_base(record: dict) -> str:
+    """One Markdown paragraph on the nano base: how long it was pre-trained, what it learnt, what its spectra look like."""
+    settings, curve, rows = record["settings"], record["curve"], record["spectral_head"]
+    first, last = curve[0], curve[-1]
+    heads = [row["head"] for row in rows]
+    return (f"It has {record['parameters']:,} parameters and {record['vocabulary']} words, and was pre-trained for "
+            f"{settings['steps']:,} steps of {settings['batch_size']} documents. Its loss on held-out documents fell from "
+            f"{first['held_out_loss']:.2f} nats per hidden word after {first['step']:,} steps to "
+            f"**{last['held_out_loss']:.2f}** (guessing among all words: {math.log(record['vocabulary']):.2f}). "
+            f"In its {len(rows)} matrices, {min(heads)} to {max(heads)} singular values stand clear of the random bulk, "
+            f"that is above the largest one of the same entries in random places.")

@@ -8,6 +8,7 @@ two equals) is then used by the reported runs. Both kinds are records.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import time
@@ -124,6 +125,7 @@ def _one_thread() -> None:
 def _one(values: dict, folder: str, command: str) -> dict:
     """Make one run in a worker process; what it says is shown beside the estimate of the time left."""
     from .run import run_config
+    gc.collect()  # models and their wrappers refer to each other in circles, and a worker makes many
     try:
         record = run_config(make_config(values), folder, command, progress=False).record
     except InputError as error:
