@@ -240,6 +240,9 @@ def test_the_classifier_in_modules_to_save_is_not_counted(tmp_path, save_tensors
         ({"r": 3}, "rank 3"),
         ({"rank_pattern": {r"output\.dense": 5}}, "rank 5"),
         ({"lora_alpha": "8"}, "lora_alpha '8'"),
+        ({"lora_alpha": math.inf}, "lora_alpha inf.*finite"),
+        ({"rank_pattern": [4]}, r"pattern \[4\]"),
+        ({"alpha_pattern": {"(": 4}}, r"pattern '\('.*regular expression"),
         ({"fan_in_fan_out": True}, r"\(4, 6\).*\(6, 4\)"),
     ],
 )

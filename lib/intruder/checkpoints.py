@@ -148,8 +148,10 @@ def _factors(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], modul
     name = module.removeprefix("base_model.model.")
     rank = _by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise InputError(f"adapter_config.json in {folder} gives lora_alpha {alpha!r} for {module}; wanted a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e30:
+        raise InputError(
+            f"adapter_config.json in {folder} gives lora_alpha {alpha!r} for {module}; wanted a finite number"
+        )
     if B[1] != A[0] or A[0] != rank or rank < 1:
         raise InputError(
             f"{module} in {folder} has B of shape {B}, A of shape {A} and rank {rank!r} in adapter_config.json; "
@@ -159,8 +161,15 @@ def _factors(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], modul
 
 
 def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    if not isinstance(patterns or {}, dict):
+        raise InputError(f"adapter_config.json gives the pattern {patterns!r}; wanted an object of names and numbers")
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise InputError(f"adapter_config.json gives the pattern {pattern!r}, which is no regular expression "
+                             f"({error}); wanted the file that save_pretrained writes") from error
+        if matches:
             return value
     return default
 
@@ -227,8 +236,10 @@ def _pickle_message(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error})") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read as JSON ({error}); wanted the file that save_pretrained writes"
+        ) from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no JSON object; wanted the file that save_pretrained writes")
     return values

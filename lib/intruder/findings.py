@@ -64,20 +64,21 @@ class RunSpectra:
 
 
 def label_order(label: str) -> tuple[int, int, str]:
-    """Sort key for labels: head, full, then LoRA by rank; anything else last."""
-    method, _, tail = label.partition("-r")
-    digits = tail.split("-")[0]
-    return METHODS.index(method) if method in METHODS else len(METHODS), int(digits) if digits.isdigit() else 0, label
+    """Sort key for labels: head, full, then LoRA by rank, a variant after its main series; anything else last."""
+    main, _, variant = label.partition(".")
+    method, _, rank = main.partition("-r")
+    place = METHODS.index(method) if method in METHODS else len(METHODS)
+    return place, int(rank) if rank.isdigit() else 0, variant if place < len(METHODS) else label
 
 
 def label_text(label: str) -> str:
-    """The name a reader sees: `full` becomes "full fine-tuning", `lora-r8` becomes "LoRA r = 8"."""
-    named = {"full": "full fine-tuning", "head": "head only"}
-    method, _, tail = label.partition("-r")
-    rank, _, rest = tail.partition("-")
-    if method == "lora" and rank.isdigit():
-        return f"LoRA r = {rank}" + (f" ({rest})" if rest else "")
-    return named.get(label, label)
+    """The name a reader sees: `full` is "full fine-tuning", `lora-r8.rate_1e-3` is "LoRA r = 8 (rate 1e-3)"."""
+    main, _, variant = label.partition(".")
+    method, _, rank = main.partition("-r")
+    named = {"full": "full fine-tuning", "head": "head only", "lora": f"LoRA r = {rank}"}
+    if method not in named or (method == "lora") != rank.isdigit():
+        return label
+    return named[method] + (f" ({variant.replace('_', ' ')})" if variant else "")
 
 
 def runs_of(spectra: pd.DataFrame, preset: str | None = None, task: str | None = None) -> list[RunSpectra]:
