@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -205,3 +206,20 @@ def test_a_variant_follows_its_main_series():
     assert findings.label_text("full.rate_3e-4") == "full fine-tuning (rate 3e-4)"
     assert findings.label_text("lora-r8.rate_1e-3") == "LoRA r = 8 (rate 1e-3)"
     assert findings.label_text("mine") == "mine"
+
+
+def test_rates_are_compared_side_by_side(summary, spectra):
+    """A variant's line holds trial, accuracy, count and loss of both rates, each computed from its own rows."""
+    runs = findings.runs_of(spectra, "nano", "nli")
+    full = [run for run in runs if run.label == "full"]
+    gentle = [dataclasses.replace(run, label="full.rate_1e-5") for run in runs if run.label == "lora-r1"]
+    rows = summary[(summary["preset"] == "nano") & (summary["task"] == "nli")]
+    other = rows[rows["label"] == "lora-r1"].assign(label="full.rate_1e-5", learning_rate=1e-5)
+    both = pd.concat([rows, other])
+    rate = rows[rows["label"] == "full"]["learning_rate"].iloc[0]
+    trials = pd.DataFrame({"preset": "nano", "task": "nli", "label": "full", "learning_rate": [rate, 1e-5],
+                           "validation_accuracy": [0.801, 0.799]})
+    line = sentences.say_rates(both, trials, full + gentle)
+    counts = [findings.spread([run.count() for run in group]) for group in (full, gentle)]
+    assert f"**{counts[0]}** and **{counts[1]}**" in line and "80.1 %" in line and "(79.9 %)" in line
+    assert sentences.say_rates(summary, trials, full) == ""

@@ -78,6 +78,33 @@ def say_ladder(summary: pd.DataFrame, preset: str, ceiling: float = 99.5) -> str
     return "\n".join(lines)
 
 
+def say_rates(summary: pd.DataFrame, trials: pd.DataFrame, runs: Sequence[RunSpectra], epsilon: float = 0.5,
+              k: int = 10) -> str:
+    """A Markdown list, one line per variant: the same method at the rate its trials chose and at another one.
+
+    `trials` is the `summary_table` of the learning-rate trials. Each line sets side by side what the two rates scored
+    in the trials, and accuracy, count and pseudo-loss of the reported runs. One preset and task, else InputError.
+    """
+    one_source(runs)
+    counts, lines = count_frame(runs, epsilon, k), []
+    here = [(summary["preset"] == runs[0].preset) & (summary["task"] == runs[0].task),
+            (trials["preset"] == runs[0].preset) & (trials["task"] == runs[0].task)]
+    for label in sorted({run.label for run in runs if "." in run.label}, key=label_order):
+        pair = []
+        for name in (label.partition(".")[0], label):
+            rows = summary[here[0] & (summary["label"] == name)]
+            rate, count = rows["learning_rate"].iloc[0], counts[counts["label"] == name]
+            trial = trials[here[1] & (trials["label"] == label.partition(".")[0]) & (trials["learning_rate"] == rate)]
+            pair.append((f"{rate:g}", spread(100 * trial["validation_accuracy"]), spread(100 * rows["test_accuracy"]),
+                         spread(count["count"]), spread(count["null"]), spread(rows["pseudo_loss"], 2)))
+        (rate, tried, accuracy, count, null, loss), other = pair
+        lines.append(
+            f"- **{label_text(label.partition('.')[0])}** at rate {rate} (chosen: {tried} % in its trial) and at {other[0]} "
+            f"({other[1]} %): test accuracy {accuracy} % and {other[2]} %; intruder dimensions **{count}** and "
+            f"**{other[3]}** (matched nulls {null} and {other[4]}); pseudo-loss {loss} and {other[5]}.")
+    return "\n".join(lines)
+
+
 def say_base(record: dict) -> str:
     """One Markdown paragraph on the nano base: how long it was pre-trained, what it learnt, what its spectra look like."""
     settings, curve, rows = record["settings"], record["curve"], record["spectral_head"]
