@@ -64,8 +64,8 @@ def test_mixed_tasks_make_no_table(spectra):
 
 
 @pytest.mark.parametrize("label, text", [
-    ("full", "full fine-tuning"), ("head", "head only"), ("lora-r8", "LoRA r = 8"), ("lora-r8.a_16", "LoRA r = 8 (a 16)"),
-    ("mine", "mine")])
+    ("full", "full fine-tuning"), ("head", "head only"), ("lora-r8", "LoRA r = 8"),
+    ("lora-r8.a_16", "LoRA r = 8 (a 16)"), ("mine", "mine")])
 def test_labels_read_as_words(label, text):
     """Labels of runs become what a reader sees; a reader's own label stays."""
     assert findings.label_text(label) == text
@@ -223,3 +223,13 @@ def test_rates_are_compared_side_by_side(summary, spectra):
     counts = [findings.spread([run.count() for run in group]) for group in (full, gentle)]
     assert f"**{counts[0]}** and **{counts[1]}**" in line and "80.1 %" in line and "(79.9 %)" in line
     assert sentences.say_rates(summary, trials, full) == ""
+
+
+def test_runs_that_did_not_learn_are_named(summary):
+    """A LoRA run far below full fine-tuning is named with task, rank and seed; without one the sentence says so."""
+    assert sentences.say_failed(summary, "nano", points=90).startswith("No run")
+    weak = summary.copy()
+    row = weak[(weak["preset"] == "nano") & (weak["label"] == "lora-r8")].index[0]
+    weak.loc[row, "test_accuracy"] = 0.01
+    said = sentences.say_failed(weak, "nano", points=50)
+    assert "LoRA r = 8, seed" in said and "(1.0 %)" in said and said.startswith("1 of")

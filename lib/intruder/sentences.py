@@ -99,20 +99,35 @@ def say_rates(summary: pd.DataFrame, trials: pd.DataFrame, runs: Sequence[RunSpe
                          spread(count["count"]), spread(count["null"]), spread(rows["pseudo_loss"], 2)))
         (rate, tried, accuracy, count, null, loss), other = pair
         lines.append(
-            f"- **{label_text(label.partition('.')[0])}** at rate {rate} (chosen: {tried} % in its trial) and at {other[0]} "
-            f"({other[1]} %): test accuracy {accuracy} % and {other[2]} %; intruder dimensions **{count}** and "
-            f"**{other[3]}** (matched nulls {null} and {other[4]}); pseudo-loss {loss} and {other[5]}.")
+            f"- **{label_text(label.partition('.')[0])}** at rate {rate} (chosen: {tried} % in its trial) and at "
+            f"{other[0]} ({other[1]} %): test accuracy {accuracy} % and {other[2]} %; intruder dimensions **{count}** "
+            f"and **{other[3]}** (matched nulls {null} and {other[4]}); pseudo-loss {loss} and {other[5]}.")
     return "\n".join(lines)
 
 
+def say_failed(summary: pd.DataFrame, preset: str, points: float = 10.0) -> str:
+    """One Markdown sentence naming the runs that did not learn: so many points below full fine-tuning's mean."""
+    found, part = [], summary[summary["preset"] == preset]
+    for task, rows in part.groupby("task"):
+        floor = 100 * rows[rows["label"] == "full"]["test_accuracy"].mean() - points
+        weak = rows[(100 * rows["test_accuracy"] < floor) & (rows["method"] != "head")]
+        found += [f"{task}, {label_text(row.label)}, seed {row.seed} ({100 * row.test_accuracy:.1f} %)"
+                  for row in weak.itertuples()]
+    if not found:
+        return f"No run of `{preset}` ended more than {points:g} points below full fine-tuning."
+    return (f"{len(found)} of the {len(part)} runs of `{preset}` ended more than {points:g} points below full "
+            f"fine-tuning: {'; '.join(found)}. They stay in every table and figure, and widen the spread of their series; the "
+            "directions they grew belong to no learnt task.")
+
+
 def say_base(record: dict) -> str:
-    """One Markdown paragraph on the nano base: how long it was pre-trained, what it learnt, what its spectra look like."""
+    """One Markdown paragraph on the nano base: how long it was pre-trained, what it learnt, what its spectra are."""
     settings, curve, rows = record["settings"], record["curve"], record["spectral_head"]
     first, last = curve[0], curve[-1]
     heads = [row["head"] for row in rows]
     return (f"It has {record['parameters']:,} parameters and {record['vocabulary']} words, and was pre-trained for "
-            f"{settings['steps']:,} steps of {settings['batch_size']} documents. Its loss on held-out documents fell from "
-            f"{first['held_out_loss']:.2f} nats per hidden word after {first['step']:,} steps to "
+            f"{settings['steps']:,} steps of {settings['batch_size']} documents. Its loss on held-out documents fell "
+            f"from {first['held_out_loss']:.2f} nats per hidden word after {first['step']:,} steps to "
             f"**{last['held_out_loss']:.2f}** (guessing among all words: {math.log(record['vocabulary']):.2f}). "
-            f"In its {len(rows)} matrices, {min(heads)} to {max(heads)} singular values stand clear of the random bulk, "
-            f"that is above the largest one of the same entries in random places.")
+            f"In its {len(rows)} matrices, {min(heads)} to {max(heads)} singular values stand clear of the random "
+            f"bulk, that is above the largest one of the same entries in random places.")

@@ -28,7 +28,8 @@ def overview_table(summary: pd.DataFrame, runs: Sequence[RunSpectra], k: int = 1
         mine = part[part["label"] == label]
         cells = {"seeds": len(mine), "learning rate": f"{mine['learning_rate'].iloc[0]:g}",
                  "test accuracy, %": spread(100 * mine["test_accuracy"])}
-        cells |= {f"ε = {epsilon:g}": spread(frame[frame["label"] == label]["count"]) for epsilon, frame in counts.items()}
+        cells |= {f"ε = {epsilon:g}": spread(frame[frame["label"] == label]["count"])
+                  for epsilon, frame in counts.items()}
         rows[label_text(label)] = cells | {loss: spread(mine["pseudo_loss"], 3)}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table = table if part["pseudo_loss"].notna().any() else table.drop(columns=loss)
