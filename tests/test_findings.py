@@ -233,3 +233,15 @@ def test_runs_that_did_not_learn_are_named(summary):
     weak.loc[row, "test_accuracy"] = 0.01
     said = sentences.say_failed(weak, "nano", points=50)
     assert "LoRA r = 8, seed" in said and "(1.0 %)" in said and said.startswith("1 of")
+
+
+def test_runs_that_collapsed_are_not_counted(summary, spectra):
+    """A run ten points below full fine-tuning's mean is left out of the counts; all others stay, in order."""
+    runs = findings.runs_of(spectra, "nano", "nli")
+    assert findings.learnt(runs, summary, points=100) == runs
+    weak = summary.copy()
+    lost = (weak["preset"] == "nano") & (weak["task"] == "nli") & (weak["label"] == "lora-r8") & (weak["seed"] == 0)
+    weak.loc[lost, "test_accuracy"] = 0.01
+    kept = findings.learnt(runs, weak, points=50)
+    assert [run for run in runs if run not in kept] == [run for run in runs if (run.label, run.seed) == ("lora-r8", 0)]
+    assert len(findings.rows_of(weak, kept)) == len(kept)

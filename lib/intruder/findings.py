@@ -18,6 +18,7 @@ from .intruders import count_intruders
 
 METHODS = ("head", "full", "lora")
 EPSILONS = (0.3, 0.5, 0.7, 0.9)
+LEARNT_POINTS = 10.0
 # 97.5 % points of Student's t for 1 to 30 degrees of freedom; beyond 30 the last one errs on the safe side
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -117,6 +118,18 @@ def live_run(label: str, spectra: pd.DataFrame, preset: str = "live", task: str 
     return _one_run(keys, spectra)
 
 
+def learnt(runs: Iterable[RunSpectra], summary: pd.DataFrame, points: float = LEARNT_POINTS) -> list[RunSpectra]:
+    """The runs that learnt their task: test accuracy at most so many points below full fine-tuning's mean.
+
+    A run that collapsed to guessing moved its weights far without learning anything; counted with the others, its
+    directions would pass for a property of the method. `sentences.say_failed` names the runs that this leaves out.
+    """
+    accuracy = {(row.preset, row.task, row.label, row.seed): 100 * row.test_accuracy for row in summary.itertuples()}
+    full = summary[summary["label"] == "full"].groupby(["preset", "task"])["test_accuracy"].mean()
+    return [run for run in runs if accuracy[run.preset, run.task, run.label, run.seed]
+            >= 100 * full[run.preset, run.task] - points]
+
+
 def count_frame(runs: Iterable[RunSpectra], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
     """One row per run: source, label, seed, its count, its null's count and the number of vectors examined."""
     rows = [(run.source, run.label, run.seed, run.count(epsilon, k), run.null_count(epsilon, k), run.slots(k))
@@ -166,6 +179,13 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
 def signed(value: float) -> str:
     """One decimal with its sign, a true minus included: +1.5, −0.3."""
     return f"{value:+.1f}".replace("-", "−")
+
+
+def rows_of(summary: pd.DataFrame, runs: Iterable[RunSpectra]) -> pd.DataFrame:
+    """The rows of a `records.summary_table` that belong to these runs."""
+    wanted = {(run.preset, run.task, run.label, run.seed) for run in runs}
+    keys = zip(summary["preset"], summary["task"], summary["label"], summary["seed"])
+    return summary[[key in wanted for key in keys]]
 
 
 def one_source(runs: Sequence[RunSpectra]) -> None:

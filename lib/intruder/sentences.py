@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .findings import RunSpectra, compare, count_frame, label_order, label_text, one_source, signed, spread
+from .findings import (LEARNT_POINTS, RunSpectra, compare, count_frame, label_order, label_text, one_source, rows_of,
+                       signed, spread)
 
 
 def say_counts(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> str:
@@ -87,14 +88,14 @@ def say_rates(summary: pd.DataFrame, trials: pd.DataFrame, runs: Sequence[RunSpe
     """
     one_source(runs)
     counts, lines = count_frame(runs, epsilon, k), []
-    here = [(summary["preset"] == runs[0].preset) & (summary["task"] == runs[0].task),
-            (trials["preset"] == runs[0].preset) & (trials["task"] == runs[0].task)]
+    mine = rows_of(summary, runs)
+    tried_here = trials[(trials["preset"] == runs[0].preset) & (trials["task"] == runs[0].task)]
     for label in sorted({run.label for run in runs if "." in run.label}, key=label_order):
         pair = []
         for name in (label.partition(".")[0], label):
-            rows = summary[here[0] & (summary["label"] == name)]
+            rows = mine[mine["label"] == name]
             rate, count = rows["learning_rate"].iloc[0], counts[counts["label"] == name]
-            trial = trials[here[1] & (trials["label"] == label.partition(".")[0]) & (trials["learning_rate"] == rate)]
+            trial = tried_here[(tried_here["label"] == label.partition(".")[0]) & (tried_here["learning_rate"] == rate)]
             pair.append((f"{rate:g}", spread(100 * trial["validation_accuracy"]), spread(100 * rows["test_accuracy"]),
                          spread(count["count"]), spread(count["null"]), spread(rows["pseudo_loss"], 2)))
         (rate, tried, accuracy, count, null, loss), other = pair
@@ -105,7 +106,7 @@ def say_rates(summary: pd.DataFrame, trials: pd.DataFrame, runs: Sequence[RunSpe
     return "\n".join(lines)
 
 
-def say_failed(summary: pd.DataFrame, preset: str, points: float = 10.0) -> str:
+def say_failed(summary: pd.DataFrame, preset: str, points: float = LEARNT_POINTS) -> str:
     """One Markdown sentence naming the runs that did not learn: so many points below full fine-tuning's mean."""
     found, part = [], summary[summary["preset"] == preset]
     for task, rows in part.groupby("task"):
@@ -116,8 +117,9 @@ def say_failed(summary: pd.DataFrame, preset: str, points: float = 10.0) -> str:
     if not found:
         return f"No run of `{preset}` ended more than {points:g} points below full fine-tuning."
     return (f"{len(found)} of the {len(part)} runs of `{preset}` ended more than {points:g} points below full "
-            f"fine-tuning: {'; '.join(found)}. They stay in every table and figure, and widen the spread of their series; the "
-            "directions they grew belong to no learnt task.")
+            f"fine-tuning: {'; '.join(found)}. They stay in the accuracies and in every figure; where "
+            "intruders are counted in sentences and tables they are left out, because the directions they grew belong to "
+            "no learnt task.")
 
 
 def say_base(record: dict) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .findings import (EPSILONS, Comparison, RunSpectra, compare, count_frame, label_order, label_text, live_run,
-                       one_source, signed, spread)
+                       one_source, rows_of, signed, spread)
 from .records import RunRecord
 
 
@@ -21,7 +21,7 @@ def overview_table(summary: pd.DataFrame, runs: Sequence[RunSpectra], k: int = 1
     The pseudo-loss (nats per token) has the base's own in its heading; the column is left out where no run has one.
     """
     one_source(runs)
-    part = summary[(summary["preset"] == runs[0].preset) & (summary["task"] == runs[0].task)]
+    part = rows_of(summary, runs)
     counts, rows = {epsilon: count_frame(runs, epsilon, k) for epsilon in EPSILONS}, {}
     loss = f"pseudo-loss (base {part['base_pseudo_loss'].mean():.3f})"
     for label in sorted({run.label for run in runs}, key=label_order):
