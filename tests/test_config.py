@@ -5,7 +5,7 @@ import json
 import pytest
 
 from intruder import InputError
-from intruder.config import make_config, parse_setting, read_config
+from intruder.config import check_out, make_config, once, parse_setting, read_config
 
 
 def test_defaults_presets_and_differences_stack():
@@ -37,6 +37,12 @@ def test_run_names():
     ({"rank": 8, "warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
     ({"rank": 8, "gradient_accumulation": 3}, "splits evenly"),
     ({"rank": 8, "steps": "many"}, "steps is 'many'; wanted int"),
+    ({"rank": 8, "seed": 2**32}, "seed is 4294967296; wanted 0 to 4294967295"),
+    ({"rank": 8, "seed": -1}, "seed is -1"),
+    ({"rank": 8, "learning_rate": 10**400}, "learning_rate is 1000"),
+    ({"rank": 8, "max_length": 3}, "max_length is 3; wanted 8 or more"),
+    ({"rank": 8, "data": "folder"}, "data is 'folder' with task nli"),
+    ({"preset": ["nano"]}, r"preset is \['nano'\]"),
 ])
 def test_bad_values_are_refused_by_name(values, message):
     """Each names the key, the value and what was wanted."""
@@ -46,7 +52,8 @@ def test_bad_values_are_refused_by_name(values, message):
 
 def test_settings_are_json_where_they_can_be():
     """Numbers, booleans and null keep their type; words stay words."""
-    assert [parse_setting(t)[1] for t in ("a=8", "a=1e-3", "a=true", "a=null", "a=full")] == [8, 1e-3, True, None, "full"]
+    texts = ("a=8", "a=1e-3", "a=true", "a=null", "a=full")
+    assert [parse_setting(text)[1] for text in texts] == [8, 1e-3, True, None, "full"]
     with pytest.raises(InputError, match="'rank' is not key=value"):
         parse_setting("rank")
 
@@ -67,3 +74,30 @@ def test_two_configurations_differ_in_digest_when_anything_differs():
     """The digest covers every field, so a checkpoint cannot be continued under other settings."""
     assert make_config({"rank": 8}).digest() == make_config({"rank": 8}).digest()
     assert make_config({"rank": 8}).digest() != make_config({"rank": 8, "weight_decay": 0.1}).digest()
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    """On the command line and in a file: which of the two values was meant cannot be known."""
+    with pytest.raises(InputError, match="'rank' is given twice, as 2 and 4"):
+        once([("rank", 2), ("rank", 4)])
+    (tmp_path / "x.json").write_text('{"rank": 2, "rank": 4}')
+    with pytest.raises(InputError, match="x.json: key 'rank' is given twice"):
+        read_config(tmp_path / "x.json")
+
+
+def test_the_configuration_that_the_error_names_is_there_and_valid(repository, tmp_path):
+    """Who types what the message proposes gets a run."""
+    with pytest.raises(InputError) as caught:
+        read_config(tmp_path)
+    name = str(caught.value).split("such as ")[1]
+    assert make_config(read_config(repository / name)).run == "lora-r8-s0"
+
+
+def test_a_folder_to_write_to_is_checked_without_being_made(tmp_path):
+    """A file, and a folder below a file, are refused; a folder that can be made is not made yet."""
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="file' is a file; wanted a folder"):
+            check_out(out)
+    check_out(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()

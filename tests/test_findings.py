@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from fake_records import write_fake_results
 
-from intruder import count_intruders, findings, sentences
+from intruder import count_intruders, findings, sentences, tables
 from intruder.errors import InputError
 from intruder.records import load_records, load_spectra, summary_table
 
@@ -57,14 +58,14 @@ def test_unknown_preset_or_task_is_named(spectra, wanted):
 
 def test_mixed_tasks_make_no_table(spectra):
     """Totals over different tasks are not averaged."""
-    for call in (findings.count_table, sentences.say_counts):
+    for call in (tables.count_table, sentences.say_counts):
         with pytest.raises(InputError, match="one preset and task"):
             call(findings.runs_of(spectra, "nano"))
 
 
 @pytest.mark.parametrize("label, text", [
-    ("full", "full fine-tuning"), ("head", "head only"), ("lora-r8", "LoRA r = 8"), ("lora-r8-a16", "LoRA r = 8 (a16)"),
-    ("mine", "mine")])
+    ("full", "full fine-tuning"), ("head", "head only"), ("lora-r8", "LoRA r = 8"),
+    ("lora-r8.a_16", "LoRA r = 8 (a 16)"), ("mine", "mine")])
 def test_labels_read_as_words(label, text):
     """Labels of runs become what a reader sees; a reader's own label stays."""
     assert findings.label_text(label) == text
@@ -124,7 +125,7 @@ def test_one_seed_makes_no_comparison(spectra):
     runs = [run for run in findings.runs_of(spectra, "nano", "nli") if run.seed == 0]
     assert "one seed, so nothing can be compared" in sentences.say_counts(runs)
     assert "more" not in sentences.say_counts(runs) and "fewer" not in sentences.say_counts(runs)
-    assert set(findings.verdict_table(runs)["count − null"]) == {"one seed"}
+    assert set(tables.verdict_table(runs)["count − null"]) == {"one seed"}
 
 
 def test_verdict_table_agrees_with_compare(spectra):
@@ -132,7 +133,7 @@ def test_verdict_table_agrees_with_compare(spectra):
     runs = findings.runs_of(spectra, "nano", "nli")
     counts = [[run.count() for run in runs if run.label == label] for label in ("lora-r1", "full")]
     result = findings.compare(*counts)
-    cell = findings.verdict_table(runs).loc["LoRA r = 1", "count − full's"]
+    cell = tables.verdict_table(runs).loc["LoRA r = 1", "count − full's"]
     assert cell == f"{findings.signed(result.low)} to {findings.signed(result.high)}: {result.word}"
 
 
@@ -154,13 +155,13 @@ def test_ladder_sentence_notices_a_broken_order(summary):
 
 def test_predicted_weights_is_the_formula():
     """m·n for full fine-tuning, r·(m + n) for LoRA, summed over matrices."""
-    assert findings.predicted_weights([(512, 128), (128, 128)]) == 512 * 128 + 128 * 128
-    assert findings.predicted_weights([(512, 128), (128, 128)], rank=8) == 8 * (640 + 256)
+    assert tables.predicted_weights([(512, 128), (128, 128)]) == 512 * 128 + 128 * 128
+    assert tables.predicted_weights([(512, 128), (128, 128)], rank=8) == 8 * (640 + 256)
 
 
 def test_weight_table_lays_the_formula_beside_the_runs(folder):
     """Predicted from the shapes, trained from the records, and their ratio."""
-    table = findings.weight_table(load_records(folder), "nano")
+    table = tables.weight_table(load_records(folder), "nano")
     assert list(table.index) == ["full fine-tuning", "LoRA r = 1", "LoRA r = 8", "LoRA r = 64"]
     assert list(table["ratio"]) == ["1.0000"] * 4 and table.loc["LoRA r = 8", "formula"] == "Σ 8·(m + n)"
 
@@ -168,10 +169,10 @@ def test_weight_table_lays_the_formula_beside_the_runs(folder):
 def test_tables_hold_every_method(summary, spectra):
     """Accuracy, settings and count tables have one row per method, in reading order."""
     rows = ["majority class", "head only", "full fine-tuning", "LoRA r = 1", "LoRA r = 8", "LoRA r = 64"]
-    assert list(findings.accuracy_table(summary, "nano").index) == rows
-    settings = findings.settings_table(summary, "nano")
+    assert list(tables.accuracy_table(summary, "nano").index) == rows
+    settings = tables.settings_table(summary, "nano")
     assert list(settings[settings["task"] == "nli"]["method"]) == rows[1:]
-    table = findings.count_table(findings.runs_of(spectra, "nano", "nli"))
+    table = tables.count_table(findings.runs_of(spectra, "nano", "nli"))
     assert list(table.index) == rows[2:] and list(table["seeds"]) == [3] * 4
 
 
@@ -182,3 +183,65 @@ def test_a_run_of_the_readers_stands_beside_ours(spectra):
     recorded = next(run for run in findings.runs_of(one) if run.label == "lora-r8")
     assert findings.live_run("mine", bare).count(0.7, 20) == recorded.count(0.7, 20)
     assert isinstance(bare, pd.DataFrame)
+
+
+def test_overview_table_holds_counts_accuracy_and_loss(summary, spectra):
+    """Each cell is the mean ± sd of the runs' own numbers; the pseudo-loss column goes where no run has one."""
+    runs = findings.runs_of(spectra, "nano", "nli")
+    table = tables.overview_table(summary, runs)
+    frame = findings.count_frame(runs, 0.9, 10)
+    assert table.loc["LoRA r = 8", "ε = 0.9"] == findings.spread(frame[frame["label"] == "lora-r8"]["count"])
+    part = summary[(summary["preset"] == "nano") & (summary["task"] == "nli") & (summary["label"] == "full")]
+    assert table.loc["full fine-tuning", "test accuracy, %"] == findings.spread(100 * part["test_accuracy"])
+    assert any(str(name).startswith("pseudo-loss") for name in table.columns)
+    without = tables.overview_table(summary.assign(pseudo_loss=float("nan")), runs)
+    assert not any(str(name).startswith("pseudo-loss") for name in without.columns)
+
+
+def test_a_variant_follows_its_main_series():
+    """Sorted head, full, its variant, LoRA by rank; a reader sees the variant in brackets."""
+    labels = ["lora-r16", "lora-r8.rate_1e-3", "full.rate_3e-4", "lora-r8", "full", "head"]
+    ordered = ["head", "full", "full.rate_3e-4", "lora-r8", "lora-r8.rate_1e-3", "lora-r16"]
+    assert sorted(labels, key=findings.label_order) == ordered
+    assert findings.label_text("full.rate_3e-4") == "full fine-tuning (rate 3e-4)"
+    assert findings.label_text("lora-r8.rate_1e-3") == "LoRA r = 8 (rate 1e-3)"
+    assert findings.label_text("mine") == "mine"
+
+
+def test_rates_are_compared_side_by_side(summary, spectra):
+    """A variant's line holds trial, accuracy, count and loss of both rates, each computed from its own rows."""
+    runs = findings.runs_of(spectra, "nano", "nli")
+    full = [run for run in runs if run.label == "full"]
+    gentle = [dataclasses.replace(run, label="full.rate_1e-5") for run in runs if run.label == "lora-r1"]
+    rows = summary[(summary["preset"] == "nano") & (summary["task"] == "nli")]
+    other = rows[rows["label"] == "lora-r1"].assign(label="full.rate_1e-5", learning_rate=1e-5)
+    both = pd.concat([rows, other])
+    rate = rows[rows["label"] == "full"]["learning_rate"].iloc[0]
+    trials = pd.DataFrame({"preset": "nano", "task": "nli", "label": "full", "learning_rate": [rate, 1e-5],
+                           "validation_accuracy": [0.801, 0.799]})
+    line = sentences.say_rates(both, trials, full + gentle)
+    counts = [findings.spread([run.count() for run in group]) for group in (full, gentle)]
+    assert f"**{counts[0]}** and **{counts[1]}**" in line and "80.1 %" in line and "(79.9 %)" in line
+    assert sentences.say_rates(summary, trials, full) == ""
+
+
+def test_runs_that_did_not_learn_are_named(summary):
+    """A LoRA run far below full fine-tuning is named with task, rank and seed; without one the sentence says so."""
+    assert sentences.say_failed(summary, "nano", points=90).startswith("No run")
+    weak = summary.copy()
+    row = weak[(weak["preset"] == "nano") & (weak["label"] == "lora-r8")].index[0]
+    weak.loc[row, "test_accuracy"] = 0.01
+    said = sentences.say_failed(weak, "nano", points=50)
+    assert "LoRA r = 8, seed" in said and "(1.0 %)" in said and said.startswith("1 of")
+
+
+def test_runs_that_collapsed_are_not_counted(summary, spectra):
+    """A run ten points below full fine-tuning's mean is left out of the counts; all others stay, in order."""
+    runs = findings.runs_of(spectra, "nano", "nli")
+    assert findings.learnt(runs, summary, points=100) == runs
+    weak = summary.copy()
+    lost = (weak["preset"] == "nano") & (weak["task"] == "nli") & (weak["label"] == "lora-r8") & (weak["seed"] == 0)
+    weak.loc[lost, "test_accuracy"] = 0.01
+    kept = findings.learnt(runs, weak, points=50)
+    assert [run for run in runs if run not in kept] == [run for run in runs if (run.label, run.seed) == ("lora-r8", 0)]
+    assert len(findings.rows_of(weak, kept)) == len(kept)

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from intruder import InputError, pretrain
-from intruder.models import (ADAPTED, adapt, adapted_names, encoder_state, load_classifier, load_masked_lm, load_tokenizer,
-                             nano_folder, reattach_lm_head)
+from intruder.models import (ADAPTED, adapt, adapted_names, encoder_state, load_classifier, load_masked_lm,
+                             load_tokenizer, nano_folder, reattach_lm_head)
+from intruder.records import load_base_record
 from intruder.weights import model_pairs
 
 
@@ -17,8 +21,8 @@ def _ids(tokenizer):
 
 
 def test_the_committed_nano_weights_are_those_of_the_record():
-    """The weights' hash is in the record, the file is under 8 MB, and the record names commit, versions and settings."""
-    record = pretrain.read_record(nano_folder())
+    """The weights' hash is in the record, the file is under 8 MB; the record names commit, versions and settings."""
+    record = load_base_record()
     weights = (nano_folder() / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == record["sha256"] and len(weights) < 8_000_000
     assert record["status"] == "complete" and record["settings"] == pretrain.NANO
@@ -27,7 +31,7 @@ def test_the_committed_nano_weights_are_those_of_the_record():
 
 def test_the_nano_base_has_learnt_the_language():
     """Its held-out loss, measured again, is the one in the record, and far below that of guessing among the words."""
-    record = pretrain.read_record(nano_folder())
+    record = load_base_record()
     tokenizer, model = load_tokenizer(str(nano_folder())), load_masked_lm(str(nano_folder()))
     loss = pretrain.held_out_loss(model, tokenizer, record["settings"])
     assert loss == pytest.approx(record["curve"][-1]["held_out_loss"], abs=1e-3) and loss < 1.0
@@ -67,15 +71,14 @@ def _trained(base, method, **more):
 @pytest.mark.parametrize(("method", "more"), [("full", {}), ("lora", {"rank": 4, "alpha": 12.0}),
                                               ("lora", {"rank": 4, "alpha": 12.0, "norms_and_biases": True})])
 def test_the_reattached_encoder_is_the_tuned_one(tiny_nano, method, more):
-    """Hidden states of the masked LM with the tuned encoder equal those of the tuned classifier; the LM head is intact."""
+    """Hidden states of the masked LM with the tuned encoder equal those of the tuned classifier; the head is intact."""
     tokenizer = load_tokenizer(str(tiny_nano))
     model, masked_lm = _trained(tiny_nano, method, **more), load_masked_lm(str(tiny_nano))
     head = {k: v.clone() for k, v in masked_lm.state_dict().items() if k.startswith("lm_head")}
     tuned = reattach_lm_head(masked_lm, model)
     with torch.no_grad():
-        wanted = model(input_ids=_ids(tokenizer), output_hidden_states=True).hidden_states[-1]
-        got = tuned(input_ids=_ids(tokenizer), output_hidden_states=True).hidden_states[-1]
-        untouched = load_masked_lm(str(tiny_nano))(input_ids=_ids(tokenizer), output_hidden_states=True).hidden_states[-1]
+        wanted, got, untouched = (m(input_ids=_ids(tokenizer), output_hidden_states=True).hidden_states[-1]
+                                  for m in (model, tuned, load_masked_lm(str(tiny_nano))))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert (got - untouched).abs().max() > 0.05
     assert all(torch.equal(tuned.state_dict()[k], v) for k, v in head.items())
@@ -114,6 +117,48 @@ def test_a_pickled_checkpoint_is_never_loaded(tiny_nano, tmp_path):
     torch.save(load_masked_lm(str(tiny_nano)).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
         load_classifier(str(folder), 3, 0.0, 0)
+
+
+def _spoilt(base, folder, spoil=None):
+    """A copy of the model folder `base` whose tensors went through `spoil`."""
+    shutil.copytree(base, folder)
+    if spoil:
+        tensors = load_file(folder / "model.safetensors")
+        spoil(tensors, next(name for name in tensors if name.endswith("layer.0.attention.self.query.weight")))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda tensors, name: tensors.pop(name), "holds no weights for .*query.weight"),
+    (lambda tensors, name: tensors[name].fill_(float("nan")), "query.weight in .* holds NaN"),
+    (lambda tensors, name: tensors.update({name: torch.zeros(3, 32)}), "disagree about the shape"),
+])
+def test_a_spoilt_base_is_refused(tiny_nano, tmp_path, spoil, message):
+    """A weight of the encoder that is missing would be drawn at random; NaN or another shape is no weight either."""
+    with pytest.raises(InputError, match=message):
+        load_classifier(str(_spoilt(tiny_nano, tmp_path / "spoilt", spoil)), 3, 0.0, 0)
+
+
+def test_a_truncated_base_and_a_lost_tokenizer_are_refused(tiny_nano, tmp_path):
+    """Half a file is no checkpoint, and an empty tokenizer would read every text as nothing."""
+    folder = _spoilt(tiny_nano, tmp_path / "half")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot load .*half"):
+        load_classifier(str(folder), 3, 0.0, 0)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        load_tokenizer(str(folder))
+
+
+def test_an_architecture_without_the_named_layers_is_refused():
+    """DistilBERT calls its layers otherwise: nothing would be adapted."""
+    sizes = {"vocab_size": 40, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 24}
+    model = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes))
+    for method in ("full", "lora"):
+        with pytest.raises(InputError, match="DistilBertForSequenceClassification has no encoder.layer"):
+            adapt(model, method, 2, 4.0)
 
 
 def test_the_tokenizer_joins_pairs_as_roberta_does():

@@ -8,13 +8,14 @@ import torch
 from intruder import InputError, pretrain
 from intruder.cli import main
 from intruder.models import load_tokenizer, nano_folder
+from intruder.records import load_base_record
 
 
 def test_a_short_run_reproduces_the_first_steps(tmp_path):
     """`intruder pretrain nano --stop-after 5` gives the first five losses of the committed record."""
     assert main(["pretrain", "nano", "--out", str(tmp_path / "again"), "--stop-after", "5"]) == 0
     again = json.loads((tmp_path / "again" / "record.json").read_text())
-    expected = pretrain.read_record(nano_folder())["first_losses"]
+    expected = load_base_record()["first_losses"]
     assert again["first_losses"] == pytest.approx(expected[:5], abs=2e-3)
     assert not (tmp_path / "again" / "model.safetensors").exists() and again["status"] == "partial"
 

@@ -282,6 +282,15 @@ def test_gathering_a_run_without_its_spectra_writes_nothing(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_gathering_two_records_of_one_run_writes_nothing(tmp_path):
+    """Two folders with a run of one name (another alpha, say): neither is lost silently, both are named."""
+    for name in ("a", "b"):
+        write_run(tmp_path / "out" / name, "lora-r2-s0")
+    with pytest.raises(InputError, match="b.lora-r2-s0.json and .*a.lora-r2-s0.json are two records of one run"):
+        gather(tmp_path / "out", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
 def test_the_table_of_spectra_says_preset_task_method_rank_and_seed(tmp_path):
     """load_spectra reads preset and task from the folders and method, rank and seed from the run's name."""
     write_run(tmp_path / "out", "full-s0")
@@ -374,3 +383,12 @@ def test_the_results_folder_is_found_from_the_top_level_and_from_the_book(tmp_pa
     monkeypatch.chdir(tmp_path / "book" / "results")
     with pytest.raises(InputError, match="book/results"):
         results_folder()
+
+
+def test_a_variant_is_part_of_the_label_and_not_of_the_method():
+    """full.rate_3e-4-s0 is a full fine-tune with seed 0 whose label keeps it apart from full-s0."""
+    assert parse_run("full.rate_3e-4-s0") == ("full", None, 0)
+    assert parse_run("lora-r8.rate_1e-3-s12") == ("lora", 8, 12)
+    for broken in ("full.-s0", "full.RATE-s0", "full..x-s0"):
+        with pytest.raises(InputError):
+            parse_run(broken)

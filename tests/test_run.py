@@ -1,6 +1,8 @@
 """From configuration to record, end to end on a tiny model; data from local files; sweeps that resume."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -54,7 +56,8 @@ def test_a_record_is_never_overwritten(done):
 def test_gathered_records_are_whole(done, tmp_path):
     """`records gather` packs them where the book reads them, and `records check` finds nothing wrong."""
     gather(done[1], tmp_path)
-    assert (tmp_path / "nano/sentiment/lora-r4-s0.json").is_file() and (tmp_path / "nano/sentiment/spectra.parquet").is_file()
+    place = tmp_path / "nano" / "sentiment"
+    assert (place / "lora-r4-s0.json").is_file() and (place / "spectra.parquet").is_file()
     assert check_records(tmp_path) == [] and len(load_records(tmp_path)) == 1
 
 
@@ -74,7 +77,8 @@ def test_a_rerun_agrees_with_its_record(done, tiny_nano):
 
 def test_quick_runs_feed_the_figures(tiny_nano):
     """What a notebook trains can be counted like a committed run."""
-    run = quick_run("nli", "lora", rank=2, steps=3, model=str(tiny_nano), progress=False, validation_size=20, test_size=20)
+    run = quick_run("nli", "lora", rank=2, steps=3, model=str(tiny_nano), progress=False, validation_size=20,
+                    test_size=20)
     live = live_run("mine", run.spectra)
     counted = sum(count_intruders(rows["max_cosine"].to_numpy(), 0.9, 10) for _, rows in run.spectra.groupby("matrix"))
     assert live.count(0.9, 10) == counted and live.slots(10) == 120
@@ -132,28 +136,82 @@ def test_a_sweep_tunes_reports_and_resumes(tiny_nano, tmp_path, capsys):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({
         "base": SMALL | {"preset": "nano"}, "grid": {"task": ["sentiment"], "seed": [0, 1]},
-        "methods": [{"method": "lora", "rank": 2, "learning_rates": [1e-3, 1e-2]}, {"method": "head", "learning_rates": [1e-2]}],
+        "methods": [{"method": "lora", "rank": 2, "learning_rates": [1e-3, 1e-2]},
+                    {"method": "head", "learning_rates": [1e-2]}],
         "tuning": {"seed": 1000}}))
     out = tmp_path / "runs"
     assert sweep.run_sweep(path, out, jobs=1, model=str(tiny_nano)) == 6
     trials, reports = load_records(out, "tuning"), load_records(out)
-    best = sweep.best_rate([{"learning_rate": r.config["learning_rate"], "validation_accuracy": r.metrics["validation_accuracy"]}
-                            for r in trials])
+    best = sweep.best_rate([{"learning_rate": r.config["learning_rate"],
+                             "validation_accuracy": r.metrics["validation_accuracy"]} for r in trials])
     assert {r.config["learning_rate"] for r in reports if r.config["method"] == "lora"} == {best}
     assert {r.config["seed"] for r in trials} == {1000} and len(reports) == 4
     assert sweep.run_sweep(path, out, jobs=1, model=str(tiny_nano)) == 0
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"base": values["base"] | {"steps": 3}}))
+    with pytest.raises(InputError, match="was made with steps 4, and this sweep wants 3: remove it"):
+        sweep.run_sweep(path, out, jobs=1, model=str(tiny_nano))
+
+
+def test_a_sweep_whose_runs_fail_says_so_at_the_end(tiny_nano, tmp_path):
+    """A rank above the smaller side fails in its own process; the other run is made, and the error names the failed."""
+    path = tmp_path / "tiny.json"
+    methods = [{"method": "lora", "rank": rank, "learning_rates": [1e-3]} for rank in (33, 2)]
+    path.write_text(json.dumps({"base": SMALL, "grid": {"seed": [0]}, "methods": methods, "tuning": {}}))
+    with pytest.raises(InputError, match="1 of 2 runs failed; nano/sentiment/lora-r33-s0: rank is 33"):
+        sweep.run_sweep(path, tmp_path / "runs", jobs=1, model=str(tiny_nano))
+    assert [record.run for record in load_records(tmp_path / "runs")] == ["lora-r2-s0"]
 
 
 def test_the_smaller_of_two_equal_rates_wins():
     """A tie is no reason to prefer the more violent rate."""
-    assert sweep.best_rate([{"learning_rate": r, "validation_accuracy": a} for r, a in ((3e-3, .8), (1e-3, .8), (1e-2, .7))]) == 1e-3
+    trials = ((3e-3, .8), (1e-3, .8), (1e-2, .7))
+    assert sweep.best_rate([{"learning_rate": rate, "validation_accuracy": a} for rate, a in trials]) == 1e-3
 
 
 def test_a_broken_sweep_file_is_refused(tmp_path):
-    """A missing part, an unknown part, a method without rates."""
+    """A missing part, an unknown part, a part of the wrong kind, a method without rates, a grid of unknown keys."""
     path = tmp_path / "x.json"
-    for content, message in (({}, "missing part 'base'"), ({k: [] for k in sweep.KEYS} | {"x": 1}, "unknown part 'x'"),
-                             ({"base": {}, "grid": {}, "tuning": {}, "methods": [{"method": "full"}]}, "no learning_rates")):
+    whole = {"base": {}, "grid": {"seed": [0]}, "tuning": {}, "methods": [{"method": "full", "learning_rates": [1]}]}
+    assert sweep.read_sweep(_written(path, whole)) == whole
+    for content, message in (({}, "missing part 'base'"), (whole | {"x": 1}, "unknown part 'x'"),
+                             (whole | {"base": []}, "base is \\[\\]"),
+                             (whole | {"methods": {}}, "wanted a list of methods"),
+                             (whole | {"methods": [{"method": "full"}]}, "no learning_rates"),
+                             (whole | {"methods": ["full"]}, "no learning_rates"),
+                             (whole | {"grid": {}}, "list of seeds"), (whole | {"grid": {"seed": []}}, "list of seeds"),
+                             (whole | {"grid": {"seed": [0], "rank": [1]}}, "list of seeds")):
         path.write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
             sweep.read_sweep(path)
+
+
+def _written(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_sweep_with_two_runs_of_one_name_is_refused(tmp_path):
+    """Rank 2 at two alphas, or one seed twice: the second would never be made."""
+    lora = {"method": "lora", "rank": 2, "learning_rates": [1e-3]}
+    for methods, seeds in (([lora, lora | {"alpha": 1}], [0]), ([lora], [0, 0])):
+        whole = {"base": SMALL, "grid": {"seed": seeds}, "tuning": {}, "methods": methods}
+        with pytest.raises(InputError, match="two runs named nano/sentiment/lora-r2-s0"):
+            sweep.run_sweep(_written(tmp_path / "x.json", whole), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", ["nano-rank", "nano-tasks", "minilm-rank"])
+def test_the_committed_sweeps_are_valid(repository, name):
+    """Every run of every sweep that comes with the repository is a configuration with a name of its own."""
+    sweep.check_runs(sweep.read_sweep(repository / "lib" / "experiments" / f"{name}.json"))
+
+
+def test_splits_from_the_hub_share_no_sentence(monkeypatch):
+    """GLUE repeats some training sentences: one that is held back for validation does not train as well."""
+    rows = [{"sentence": f"film {i // 2}", "label": 1} for i in range(4000)]
+    hub = types.ModuleType("datasets")
+    hub.load_dataset = lambda *_: {"train": rows, "validation": rows[:1] + [{"sentence": "another", "label": 0}]}
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    found, _ = load_examples(make_config({"preset": "minilm", "method": "full"}))
+    train, validation = ({e.text for e in found[split]} for split in ("train", "validation"))
+    assert validation and not train & validation and [e.text for e in found["test"]] == ["another"]

@@ -110,12 +110,13 @@ def test_bad_requests_name_value_and_choices():
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "no file"), ("", "no example"), ("fine\t2\n", "line 1"),
-                                                  ("fine\t1\nno label\n", "line 2"), ("\t1\n", "line 1")])
+                                                  ("fine\t1\nno label\n", "line 2"), ("\t1\n", "line 1"),
+                                                  ("fine\t\u00b2\n", "line 1"), (b"\xff\t1\n", "not UTF-8")])
 def test_a_malformed_file_is_refused_with_its_line(tmp_path, content, message):
-    """Missing, empty, a label out of range, no tab, no text: each one error that names the place."""
+    """Missing, empty, a label out of range or no number, no tab, no text, other bytes: one error names the place."""
     path = tmp_path / "x.tsv"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(InputError, match=message):
         tasks.read_tsv(path, ("negative", "positive"))
 

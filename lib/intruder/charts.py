@@ -22,6 +22,7 @@ from .findings import EPSILONS, RunSpectra, count_frame, label_order, label_text
 # m < E/1000 exactly when v < E: the browser's counts equal count_intruders on every slider position, without rounding.
 GRID = np.arange(1, 1001) / 1000
 FULL_COLOUR, NULL_COLOUR, INTRUDER_COLOUR = "#3b7dd8", "#888888", "#d6336c"
+FULL_LIGHT = "#9dc0f2"  # a variant of full fine-tuning, such as another learning rate
 LORA_DARK, LORA_LIGHT = (146, 64, 14), (245, 176, 92)
 
 
@@ -82,7 +83,7 @@ def pack(cosines: Sequence[np.ndarray], k: int) -> list[int]:
 def colours(labels: Sequence[str]) -> list[str]:
     """One colour per label: the method gives the hue, the LoRA rank the lightness (low ranks dark)."""
     lora = [label for label in labels if label.startswith("lora")]
-    shades = {"full": FULL_COLOUR}
+    shades = {label: FULL_LIGHT if "." in label else FULL_COLOUR for label in labels if label.startswith("full")}
     for place, label in enumerate(lora):
         part = place / max(len(lora) - 1, 1)
         shades[label] = "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in zip(LORA_DARK, LORA_LIGHT))
@@ -217,7 +218,7 @@ def family(runs: Sequence[RunSpectra], k: int = 10) -> alt.FacetChart:
     rows = [{"method": label_text(row.label), "epsilon": row.epsilon, "kind": kinds[kind],
              "mean": round(float(getattr(row, kind)), 2)} for row in means.itertuples(index=False) for kind in kinds]
     legend = alt.Legend(orient="bottom", columns=4, symbolStrokeWidth=3, symbolType="stroke")
-    dashes = [[6, 3] if label == "full" else [1, 0] for label in labels]
+    dashes = [[6, 3] if label.startswith("full") else [1, 0] for label in labels]
     chart = alt.Chart(alt.Data(values=rows)).mark_line(strokeWidth=2).encode(
         x=alt.X("epsilon:Q", title="threshold ε", scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("mean:Q", title=f"intruder dimensions, k = {k}"),
@@ -259,7 +260,7 @@ def accuracy(summary: pd.DataFrame, preset: str) -> alt.FacetChart:
     means = base.mark_point(size=90, filled=True, stroke="white", strokeWidth=0.6).encode(
         y=alt.Y("mean(accuracy):Q", title="test accuracy, %", scale=alt.Scale(zero=False)),
         shape=alt.Shape("method:N", sort=texts, title=None, legend=legend, scale=alt.Scale(
-            domain=texts, range=["square" if label == "full" else "circle" for label in labels])))
+            domain=texts, range=["square" if label.startswith("full") else "circle" for label in labels])))
     table = []
     for task in tasks:
         for label in labels:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from .errors import InputError
 
+EXPERIMENTS = Path("lib/experiments")
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors read like all the others."""
@@ -67,14 +69,16 @@ def parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("run", help="train and measure one configuration; write its record and spectra")
     add.add_argument("config", help="JSON file with differences from the defaults")
-    add.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="values that win over the file's")
+    add.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                     help="values that win over the file's")
     add.add_argument("--out", default="runs", help="folder for the record (default runs)")
     add.set_defaults(act=_run)
 
     add = commands.add_parser("sweep", help="run everything a sweep file asks for that has no record yet")
     add.add_argument("name", help="a file, or the name of one in lib/experiments")
     add.add_argument("--out", default="runs", help="folder for the records (default runs)")
-    add.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each (default: all cores)")
+    add.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
+                     help="runs side by side, one thread each (default: all cores)")
     add.add_argument("--model", help="directory or hub id instead of the preset's base")
     add.add_argument("--data", help="folder of local data files instead of the hub")
     add.set_defaults(act=_sweep)
@@ -86,13 +90,15 @@ def parser() -> argparse.ArgumentParser:
     add.set_defaults(act=_pretrain)
 
     add = commands.add_parser("records", help="pack or check records")
-    add.add_argument("action", choices=["gather", "check"], help="gather: pack --runs into --results; check: list problems")
+    add.add_argument("action", choices=["gather", "check"],
+                     help="gather: pack --runs into --results; check: list problems")
     add.add_argument("--runs", default="runs", help="folder that `intruder run` or `sweep` wrote (default runs)")
     add.add_argument("--results", default="book/results", help="folder of the committed records (default book/results)")
     add.set_defaults(act=_records)
 
     add = commands.add_parser("address", help="show or set the public address of the repository, everywhere at once")
-    add.add_argument("url", nargs="?", help="for example https://github.com/OWNER/NAME; without it, the present one is shown")
+    add.add_argument("url", nargs="?",
+                     help="for example https://github.com/OWNER/NAME; without it, the present one is shown")
     add.set_defaults(act=_address)
     return top
 
@@ -106,8 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"intruder: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"intruder: error: {error.name or error} is not installed; wanted `pip install \"intruder[train]\"`",
-              file=sys.stderr)
+        what = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+        print(f"intruder: error: {what}; wanted `pip install --upgrade \"intruder[train]\"`", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(f"intruder: error: {error.filename or 'files'}: {error.strerror or error}; wanted files and folders that "
+              "can be read and written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("intruder: stopped; the same command continues from the last checkpoint", file=sys.stderr)
@@ -115,7 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command() -> str:
-    return shlex.join(["intruder", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])])
+    """The command line as a record keeps it: paths of this machine by their last name only, also in KEY=VALUE."""
+    words = []
+    for word in sys.argv[1:]:
+        key, equals, value = word.rpartition("=")
+        words.append(f"{key}{equals}{Path(value).name if Path(value).is_absolute() else value}")
+    return shlex.join(["intruder", *words])
 
 
 def _count(options) -> None:
@@ -163,12 +178,13 @@ class _Lines:
 
 
 def _run(options) -> None:
-    from .config import make_config, parse_setting, read_config
-    values = read_config(options.config) | dict(parse_setting(text) for text in options.set)
+    from .config import make_config, once, parse_setting, read_config
+    values = read_config(options.config) | once(parse_setting(text) for text in options.set)
     config = make_config(values)
     from .run import run_config
-    record = run_config(config, options.out, _command()).record
-    if int(os.environ.get("RANK", "0")) == 0:
+    done = run_config(config, options.out, _command())
+    if done is not None:
+        record = done.record
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items() if value is not None)
         print(f"{Path(options.out) / record.run}.json: {numbers}")
 
@@ -179,10 +195,18 @@ def _sweep(options) -> None:
         raise InputError(f"jobs is {options.jobs}; wanted 1 or more")
     path = Path(options.name)
     if not path.suffix:
-        path = Path("lib/experiments") / f"{options.name}.json"
+        path = EXPERIMENTS / f"{options.name}.json"
+    if not path.is_file():
+        raise InputError(f"no sweep {options.name!r}; wanted a file, or at the top level of the repository one of "
+                         f"{', '.join(sweep_names()) or 'lib/experiments, which is not here'}")
     local = {"model": options.model, "data": options.data}
     made = run_sweep(path, options.out, options.jobs, lambda line: print(line, flush=True), **local)
     print(f"{made} runs made; `intruder records gather --runs {options.out}` packs them")
+
+
+def sweep_names() -> list[str]:
+    """The sweeps in lib/experiments, seen from here; files that configure a single run are left out."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.json") if "methods" in json.loads(path.read_text()))
 
 
 def _pretrain(options) -> None:

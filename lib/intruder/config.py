@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ PRESETS = {
 }
 PRESET_TASKS = {"nano": tuple(TASKS), "minilm": ("sst2",)}
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+MAX_SEED = 2**32 - 1
+SHORTEST = 8  # tokens: two texts and the special tokens around them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +51,11 @@ class RunConfig:
     evaluations: int = 5                     # validations over the run; the best one's weights are measured
     max_length: int = 96                     # tokens
     pseudo_loss_documents: int = 200         # fresh held-out documents; 0: not measured
-    mixed_precision: str = "auto"            # bf16 or fp16 where the device has it; always no on a CPU
+    mixed_precision: str = "auto"            # auto: bf16 or fp16 where the device has it, no on a CPU
     model: str | None = None                 # directory or hub id instead of the preset's base
     data: str | None = None                  # folder of local files instead of the hub
     seed: int = 0                            # data sampling and order, initial head and A, dropout
+    variant: str | None = None               # a word that tells runs of one method and rank apart, e.g. rate_3e-4
     stage: str = "report"                    # or tuning: a learning-rate trial, validated but not measured
 
     def __post_init__(self):
@@ -65,9 +70,9 @@ class RunConfig:
                              "only --set method=lora has them")
         for name in ("rank", "steps", "batch_size", "gradient_accumulation", "train_size", "validation_size",
                      "test_size", "evaluations", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; wanted 1 or more")
+            value, least = getattr(self, name), SHORTEST if name == "max_length" else 1
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; wanted {least} or more")
         for name in ("learning_rate", "alpha", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -76,17 +81,24 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < high:
                 raise InputError(f"{name} is {value}; wanted 0 or more" + (f" and below {high}" if high == 1 else ""))
-        if self.pseudo_loss_documents < 0 or self.seed < 0:
-            raise InputError(f"pseudo_loss_documents is {self.pseudo_loss_documents} and seed is {self.seed}; "
-                             "wanted 0 or more")
+        if self.pseudo_loss_documents < 0:
+            raise InputError(f"pseudo_loss_documents is {self.pseudo_loss_documents}; wanted 0 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"seed is {self.seed}; wanted 0 to {MAX_SEED}")
+        if self.data is not None and self.task in TASKS:
+            raise InputError(f"data is {self.data!r} with task {self.task}, which is sampled on the fly; wanted no "
+                             "data, or --set preset=minilm task=sst2")
+        if self.variant is not None and not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.variant):
+            raise InputError(f"variant is {self.variant!r}; wanted small letters, digits, _ and -, e.g. rate_3e-4")
         if self.batch_size % self.gradient_accumulation:
             raise InputError(f"batch_size is {self.batch_size} with gradient_accumulation {self.gradient_accumulation};"
                              " wanted a batch that splits evenly, e.g. --set batch_size=16 gradient_accumulation=2")
 
     @property
     def label(self) -> str:
-        """full, head, or lora-r8."""
-        return self.method if self.rank is None else f"{self.method}-r{self.rank}"
+        """full, head, lora-r8, or with a variant full.rate_3e-4."""
+        main = self.method if self.rank is None else f"{self.method}-r{self.rank}"
+        return f"{main}.{self.variant}" if self.variant else main
 
     @property
     def run(self) -> str:
@@ -106,7 +118,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 
 
 def _one_of(name: str, value: str, wanted: Iterable[str], more: str = "") -> None:
-    if value not in wanted:
+    if not isinstance(value, str) or value not in wanted:
         raise InputError(f"{name} is {value!r}; wanted one of {', '.join(wanted)}{more}")
 
 
@@ -140,7 +152,8 @@ def _typed(key: str, value):
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif "float" in kind:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+        if whole or isinstance(value, float):
             return float(value)
     elif isinstance(value, str):
         return value
@@ -149,18 +162,31 @@ def _typed(key: str, value):
 
 
 def read_config(path: str | Path) -> dict:
-    """The values of a JSON configuration file; InputError if it is missing or not one JSON object."""
+    """The values of a JSON configuration file; InputError if it is missing, not one JSON object, or repeats a key."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no configuration file {str(path)!r}; wanted a JSON file such as "
                          "lib/experiments/nano-nli-lora-r8.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}; wanted one object such as {{\"method\": \"lora\", \"rank\": 8}}"
                          ) from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}; wanted one object of keys and values")
+    return values
+
+
+def once(pairs: Iterable[tuple[str, object]]) -> dict:
+    """The pairs as a dictionary; InputError for a key that stands twice: which value was meant cannot be known."""
+    values = {}
+    for key, value in pairs:
+        if key in values:
+            raise InputError(f"key {key!r} is given twice, as {json.dumps(values[key])} and {json.dumps(value)}; "
+                             "wanted it once")
+        values[key] = value
     return values
 
 
@@ -171,8 +197,18 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise InputError(f"setting {text!r} is not key=value; wanted for example --set rank=8")
     try:
         return key, json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return key, value
+
+
+def check_out(folder: str | Path) -> None:
+    """Raise InputError unless `folder` is a folder to write to, or one that can be made; creates nothing."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{str(there)!r} is a file; wanted a folder to write to, e.g. --out runs")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{str(there)!r} cannot be written to; wanted a folder that can, e.g. --out runs")
 
 
 def labels_of(config: RunConfig) -> tuple[str, ...]:

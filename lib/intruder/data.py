@@ -58,15 +58,21 @@ def _digest(found: dict[str, list[tasks.Example]]) -> str:
 
 def _sst2_local(folder: Path) -> tuple[dict, str]:
     if not folder.is_dir():
-        raise InputError(f"data is {str(folder)!r}, which is no folder; wanted one with {', '.join(SST2_FILES.values())},"
-                         " or no data at all to load SST-2 from the hub")
+        raise InputError(f"data is {str(folder)!r}, which is no folder; wanted one with "
+                         f"{', '.join(SST2_FILES.values())}, or no data at all to load SST-2 from the hub")
     found = {split: tasks.read_tsv(folder / name, tasks.LABELS["sst2"]) for split, name in SST2_FILES.items()}
-    seen = {example.text for example in found["train"]}
-    for split in ("validation", "test"):
-        seen_here = seen.copy()
+    return _disjoint(found), "SST-2 sentences, local files " + ", ".join(SST2_FILES.values())
+
+
+def _disjoint(found: dict[str, list[tasks.Example]]) -> dict[str, list[tasks.Example]]:
+    """The splits without the validation sentences that also train, and the test sentences that train or validate."""
+    seen, kept = set(), {}
+    for split in ("train", "validation", "test"):
+        kept[split] = [example for example in found[split] if example.text not in seen]
         seen |= {example.text for example in found[split]}
-        found[split] = [example for example in found[split] if example.text not in seen_here]
-    return found, "SST-2 sentences, local files " + ", ".join(SST2_FILES.values())
+        if not kept[split]:
+            raise InputError(f"every sentence of the {split} split stands in another split too; wanted new sentences")
+    return kept
 
 
 def _sst2_hub() -> tuple[dict, str]:
@@ -86,6 +92,6 @@ def _sst2_hub() -> tuple[dict, str]:
             for split in ("train", "validation")}
     order = np.random.default_rng([EVALUATION_SEED, 5]).permutation(len(rows["train"]))
     held = set(order[:HELD_BACK].tolist())
-    return {"train": [e for i, e in enumerate(rows["train"]) if i not in held],
-            "validation": [e for i, e in enumerate(rows["train"]) if i in held],
-            "test": rows["validation"]}, f"{SST2_HUB} (sst2)"
+    found = {"train": [e for i, e in enumerate(rows["train"]) if i not in held],
+             "validation": [e for i, e in enumerate(rows["train"]) if i in held], "test": rows["validation"]}
+    return _disjoint(found), f"{SST2_HUB} (sst2)"

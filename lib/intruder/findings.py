@@ -6,7 +6,7 @@ sentence, a slider and the command line cannot disagree. Needs numpy and pandas 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ import pandas as pd
 
 from .errors import InputError
 from .intruders import count_intruders
-from .schema import RunRecord
 
 METHODS = ("head", "full", "lora")
 EPSILONS = (0.3, 0.5, 0.7, 0.9)
+LEARNT_POINTS = 10.0
 # 97.5 % points of Student's t for 1 to 30 degrees of freedom; beyond 30 the last one errs on the safe side
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -65,20 +65,21 @@ class RunSpectra:
 
 
 def label_order(label: str) -> tuple[int, int, str]:
-    """Sort key for labels: head, full, then LoRA by rank; anything else last."""
-    method, _, tail = label.partition("-r")
-    digits = tail.split("-")[0]
-    return METHODS.index(method) if method in METHODS else len(METHODS), int(digits) if digits.isdigit() else 0, label
+    """Sort key for labels: head, full, then LoRA by rank, a variant after its main series; anything else last."""
+    main, _, variant = label.partition(".")
+    method, _, rank = main.partition("-r")
+    place = METHODS.index(method) if method in METHODS else len(METHODS)
+    return place, int(rank) if rank.isdigit() else 0, variant if place < len(METHODS) else label
 
 
 def label_text(label: str) -> str:
-    """The name a reader sees: `full` becomes "full fine-tuning", `lora-r8` becomes "LoRA r = 8"."""
-    named = {"full": "full fine-tuning", "head": "head only"}
-    method, _, tail = label.partition("-r")
-    rank, _, rest = tail.partition("-")
-    if method == "lora" and rank.isdigit():
-        return f"LoRA r = {rank}" + (f" ({rest})" if rest else "")
-    return named.get(label, label)
+    """The name a reader sees: `full` is "full fine-tuning", `lora-r8.rate_1e-3` is "LoRA r = 8 (rate 1e-3)"."""
+    main, _, variant = label.partition(".")
+    method, _, rank = main.partition("-r")
+    named = {"full": "full fine-tuning", "head": "head only", "lora": f"LoRA r = {rank}"}
+    if method not in named or (method == "lora") != rank.isdigit():
+        return label
+    return named[method] + (f" ({variant.replace('_', ' ')})" if variant else "")
 
 
 def runs_of(spectra: pd.DataFrame, preset: str | None = None, task: str | None = None) -> list[RunSpectra]:
@@ -115,6 +116,18 @@ def live_run(label: str, spectra: pd.DataFrame, preset: str = "live", task: str 
     """A run that is not on disk yet, from the table that `measure_pairs` returns, under a label of the reader's."""
     keys = {"preset": preset, "task": task, "run": f"{label}-s{seed}", "method": "live", "rank": None, "seed": seed}
     return _one_run(keys, spectra)
+
+
+def learnt(runs: Iterable[RunSpectra], summary: pd.DataFrame, points: float = LEARNT_POINTS) -> list[RunSpectra]:
+    """The runs that learnt their task: test accuracy at most so many points below full fine-tuning's mean.
+
+    A run that collapsed to guessing moved its weights far without learning anything; counted with the others, its
+    directions would pass for a property of the method. `sentences.say_failed` names the runs that this leaves out.
+    """
+    accuracy = {(row.preset, row.task, row.label, row.seed): 100 * row.test_accuracy for row in summary.itertuples()}
+    full = summary[summary["label"] == "full"].groupby(["preset", "task"])["test_accuracy"].mean()
+    return [run for run in runs if accuracy[run.preset, run.task, run.label, run.seed]
+            >= 100 * full[run.preset, run.task] - points]
 
 
 def count_frame(runs: Iterable[RunSpectra], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
@@ -163,49 +176,16 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Comparison:
     return Comparison(difference, low, high, "more" if low > 0 else "fewer" if high < 0 else "unclear")
 
 
-def count_table(runs: Sequence[RunSpectra], epsilons: Sequence[float] = EPSILONS, k: int = 10) -> pd.DataFrame:
-    """Rows: methods. Columns: epsilon. Cells: mean ± sd of the count over seeds, and the null's mean in brackets.
-
-    The runs are of one preset and task; otherwise InputError, since their totals are over different matrices or data.
-    """
-    one_source(runs)
-    frames = {epsilon: count_frame(runs, epsilon, k).groupby("label") for epsilon in epsilons}
-    labels = sorted({run.label for run in runs}, key=label_order)
-    cells = [[f"{spread(frame.get_group(label)['count'])} ({frame.get_group(label)['null'].mean():.1f})"
-              for frame in frames.values()] for label in labels]
-    seeds = [sum(run.label == label for run in runs) for label in labels]
-    table = pd.DataFrame(cells, columns=[f"ε = {epsilon:g}" for epsilon in epsilons])
-    table.insert(0, "seeds", seeds)
-    return table.set_axis(map(label_text, labels)).rename_axis(columns=f"k = {k}")
-
-
-def verdict_table(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
-    """Rows: methods. Columns: count and null's count (mean ± sd), the 95 % interval of each difference with its word.
-
-    The intervals are Welch's (`compare`), one by one, not corrected for their number. One preset and task only.
-    """
-    one_source(runs)
-    frame = count_frame(runs, epsilon, k)
-    full, rows = frame[frame["label"] == "full"]["count"], {}
-    for label in sorted(frame["label"].unique(), key=label_order):
-        part = frame[frame["label"] == label]
-        rows[label_text(label)] = (
-            spread(part["count"]), spread(part["null"]), _interval(compare(part["count"], part["null"])),
-            _interval(compare(part["count"], full)) if label != "full" and len(full) else "–")
-    columns = ["count", "matched null", "count − null", "count − full's"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    return table.rename_axis(columns=f"ε = {epsilon:g}, k = {k}")
-
-
 def signed(value: float) -> str:
     """One decimal with its sign, a true minus included: +1.5, −0.3."""
     return f"{value:+.1f}".replace("-", "−")
 
 
-def _interval(result: Comparison) -> str:
-    if not np.isfinite(result.low):
-        return "one seed"
-    return f"{signed(result.low)} to {signed(result.high)}: {result.word}"
+def rows_of(summary: pd.DataFrame, runs: Iterable[RunSpectra]) -> pd.DataFrame:
+    """The rows of a `records.summary_table` that belong to these runs."""
+    wanted = {(run.preset, run.task, run.label, run.seed) for run in runs}
+    keys = zip(summary["preset"], summary["task"], summary["label"], summary["seed"])
+    return summary[[key in wanted for key in keys]]
 
 
 def one_source(runs: Sequence[RunSpectra]) -> None:
@@ -214,67 +194,3 @@ def one_source(runs: Sequence[RunSpectra]) -> None:
     if len(sources) != 1:
         raise InputError(f"runs of {' and '.join(sources) or 'nothing'} were given; wanted those of one preset and "
                          "task: call runs_of(spectra, preset, task)")
-
-
-def accuracy_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """Rows: majority class, then methods. Columns: tasks of the preset. Cells: test accuracy in per cent, mean ± sd."""
-    part = summary[summary["preset"] == preset]
-    tasks = sorted(part["task"].unique())
-    labels = sorted(part["label"].unique(), key=label_order)
-    cells = {}
-    for task in tasks:
-        rows = part[part["task"] == task]
-        cells[task] = [spread(100 * rows["majority_accuracy"].iloc[:1])]
-        cells[task] += [spread(100 * rows[rows["label"] == label]["test_accuracy"]) for label in labels]
-    rows = ["majority class", *map(label_text, labels)]
-    return pd.DataFrame(cells, index=rows).rename_axis(columns="test accuracy, %")
-
-
-def predicted_weights(shapes: Iterable[Sequence[int]], rank: int | None = None) -> int:
-    """Weights trained inside matrices of shapes (m, n): all m·n of them, or r·(m + n) for LoRA of rank r (B and A)."""
-    return sum(m * n if rank is None else rank * (m + n) for m, n in shapes)
-
-
-def weight_table(records: Iterable[RunRecord], preset: str) -> pd.DataFrame:
-    """Rows: methods. Columns: the formula, the number it predicts, the number the runs trained, and their ratio."""
-    rows = {}
-    for record in records:
-        shapes = [matrix["shape"] for matrix in record.matrices]
-        if record.config["preset"] != preset or not shapes:
-            continue
-        rank = record.config["rank"]
-        predicted, trained = predicted_weights(shapes, rank), record.training["trainable"]["adapted"]
-        formula = "Σ m·n" if rank is None else f"Σ {rank}·(m + n)"
-        cells = (formula, f"{predicted:,}", f"{trained:,}", f"{trained / predicted:.4f}")
-        rows[record.label] = (label_text(record.label), *cells)
-    cells = {rows[label][0]: rows[label][1:] for label in sorted(rows, key=label_order)}
-    return pd.DataFrame.from_dict(cells, orient="index", columns=["formula", "predicted", "trained", "ratio"])
-
-
-def settings_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """Rows: tasks and methods. Columns: learning rate, alpha, steps and number of seeds of the reported runs."""
-    part = summary[summary["preset"] == preset]
-    keys = sorted({(row.task, row.label) for row in part.itertuples()}, key=lambda key: (key[0], label_order(key[1])))
-    rows = []
-    for task, label in keys:
-        runs = part[(part["task"] == task) & (part["label"] == label)]
-        cells = [", ".join(f"{value:g}" for value in sorted(runs[name].dropna().unique())) or "–"
-                 for name in ("learning_rate", "alpha", "steps")]
-        rows.append((task, label_text(label), *cells, len(runs)))
-    return pd.DataFrame(rows, columns=["task", "method", "learning rate", "α", "steps", "seeds"])
-
-
-def live_table(live: Mapping[str, object], epsilon: float = 0.5, k: int = 10) -> pd.DataFrame:
-    """Rows: runs made a moment ago, {name: result of quick_run}. Columns: accuracy, weights, count, null's count.
-
-    A result has a `record` (RunRecord) and its `spectra`, as `run.quick_run` returns them.
-    """
-    rows = {}
-    for name, result in live.items():
-        run = live_run(name, result.spectra)
-        rows[name] = (f"{100 * result.record.metrics['test_accuracy']:.1f}",
-                      f"{result.record.training['trainable']['adapted']:,}", run.count(epsilon, k),
-                      run.null_count(epsilon, k), run.slots(k))
-    columns = ["test accuracy, %", "trained weights", "intruders", "matched null", "vectors"]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    return table.rename_axis(columns=f"ε = {epsilon:g}, k = {k}")

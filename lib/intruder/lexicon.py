@@ -150,6 +150,8 @@ PRAISE = {"superb": 3, "wonderful": 3, "excellent": 3, "delightful": 2, "good": 
 BLAME = {"awful": -3, "terrible": -3, "dreadful": -3, "bad": -2, "dull": -2, "poor": -2, "annoying": -2,
          "mediocre": -1, "bland": -1, "tedious": -1}
 QUALITY = PRAISE | BLAME
+# word -> factor on the strength of what follows it, so `not very good` is 2 * 1.5 * -0.6: rather bad. A negation turns
+# a judgement round and weakens it: what is not superb is less bad than what is awful.
 DEGREES = {"very": 1.5, "really": 1.5, "quite": 0.8, "slightly": 0.5, "somewhat": 0.6}
 NEGATIONS = {"not": -0.6, "never": -0.7, "hardly": -0.5}
 ASPECTS = {

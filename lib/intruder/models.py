@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
@@ -43,15 +45,19 @@ def model_source(preset: str, model: str | None) -> str:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a directory or under a hub id."""
-    return _loading(AutoTokenizer.from_pretrained, source)
+    """The tokenizer saved in a directory or under a hub id; InputError if there is none."""
+    tokenizer = _loading(AutoTokenizer.from_pretrained, source)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes an empty one where files are lost
+        raise InputError(f"{source} holds no tokenizer; wanted tokenizer.json and tokenizer_config.json beside "
+                         "config.json")
+    return tokenizer
 
 
 def load_classifier(source: str, labels: int, dropout: float | None, seed: int) -> PreTrainedModel:
     """The pre-trained encoder of `source` under a fresh classification head for `labels` classes, in float32.
 
     dropout: probability for every dropout layer, or None for the model's own. The head's initial weights depend on
-    `seed` alone.
+    `seed` alone. Raises InputError if a weight of the encoder is missing or not finite: a fresh one is no base.
     """
     config = _loading(AutoConfig.from_pretrained, source)
     config.num_labels = labels
@@ -59,7 +65,16 @@ def load_classifier(source: str, labels: int, dropout: float | None, seed: int) 
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         config.classifier_dropout = dropout
     torch.manual_seed(seed)
-    return _loading(AutoModelForSequenceClassification.from_pretrained, source, config=config, dtype=torch.float32)
+    model, report = _loading(AutoModelForSequenceClassification.from_pretrained, source, config=config,
+                             dtype=torch.float32, output_loading_info=True)
+    fresh = sorted(key for key in report["missing_keys"] if {"encoder", "embeddings"} & set(key.split(".")))
+    if fresh:
+        raise InputError(f"{source} holds no weights for {fresh[0]} ({len(fresh)} missing); wanted the whole "
+                         "pre-trained encoder: check that config.json and model.safetensors belong together")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name} in {source} holds NaN or infinity; wanted finite weights")
+    return model
 
 
 def load_masked_lm(source: str) -> PreTrainedModel:
@@ -82,12 +97,15 @@ def _loading(load, source: str, **options):
     if isinstance(load.__self__, type) and "Model" in load.__self__.__name__:
         options["use_safetensors"] = True
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the report of fresh head weights is expected, and no progress widget may reach a page
+    # the report of fresh head weights is expected, and no progress widget may reach a page
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         return load(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "config.json and model.safetensors disagree about the shape of a weight"
         raise InputError(f"cannot load {source!r}: {reason}; wanted a hub id (needs a network) or a local directory "
                          "with config.json, tokenizer files and model.safetensors") from error
     finally:
@@ -111,6 +129,9 @@ def adapt(model: PreTrainedModel, method: str, rank: int | None = None, alpha: f
     above the smaller side of any adapted matrix.
     """
     names = adapted_names(model)
+    if not names:
+        raise InputError(f"a {type(model).__name__} has no encoder.layer.N with linear layers named as in BERT; wanted "
+                         "a BERT or RoBERTa, e.g. --set model=sentence-transformers/all-MiniLM-L6-v2")
     heads = [name for name in HEADS for full, _ in model.named_modules() if full == name or full.endswith(f".{name}")]
     if method == "lora":
         limit = min(min(model.get_submodule(name).weight.shape) for name in names)
@@ -118,8 +139,10 @@ def adapt(model: PreTrainedModel, method: str, rank: int | None = None, alpha: f
             raise InputError(f"rank is {rank}; wanted 1 to {limit}, the smaller side of the adapted matrices "
                              f"(e.g. --set rank={min(8, limit)})")
         torch.manual_seed(seed)
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0,
-                                                 modules_to_save=heads, bias="none"))
+        with warnings.catch_warnings():  # peft asks transformers for a property under its old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0,
+                                                     modules_to_save=heads, bias="none"))
     elif method not in ("full", "head"):
         raise InputError(f"method is {method!r}; wanted full, lora or head")
     for name, parameter in model.named_parameters():
@@ -152,7 +175,8 @@ def encoder_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     else:
         lora = peft_config["default"]
-        scale, tensors, state = lora_scale(lora.lora_alpha, lora.r, lora.use_rslora), model.base_model.model.state_dict(), {}
+        scale = lora_scale(lora.lora_alpha, lora.r, lora.use_rslora)
+        tensors, state = model.base_model.model.state_dict(), {}
         for name, tensor in tensors.items():
             if "lora_" in name or "modules_to_save" in name or "original_module" in name:
                 continue
@@ -189,4 +213,6 @@ def folder_sha256(source: str) -> str | None:
 
 def model_revision(source: str) -> str | None:
     """The hub commit that `source` was loaded from, or None for a local directory."""
-    return None if Path(source).is_dir() else getattr(_loading(AutoConfig.from_pretrained, source), "_commit_hash", None)
+    if Path(source).is_dir():
+        return None
+    return getattr(_loading(AutoConfig.from_pretrained, source), "_commit_hash", None)

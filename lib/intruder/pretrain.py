@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM, get_linear_schedule_with_warmup
 
 from . import language, tasks
+from .config import check_out
 from .errors import InputError
 from .models import adapted_names, load_masked_lm
 from .provenance import provenance, write_json
@@ -129,12 +130,13 @@ def pretrain(out: str | Path, settings: dict | None = None, stop_after: int | No
 
     settings: differences from `NANO`.  stop_after: end early after so many steps of the same schedule, to compare the
     first losses with the committed record; nothing but the record is written then.  Returns the record.
-    Raises InputError for an unknown setting, or if `out` already holds a model.
+    Raises InputError for an unknown setting, or if `out` cannot be written to or already holds a model.
     """
     unknown = set(settings or {}) - set(NANO)
     if unknown:
         raise InputError(f"setting {sorted(unknown)[0]!r} is unknown; wanted one of {', '.join(NANO)}")
     out, settings = Path(out), NANO | (settings or {})
+    check_out(out)
     if (out / "model.safetensors").exists():
         raise InputError(f"{out} already holds a model; wanted a new folder, e.g. --out runs/nano")
     origin, clock = provenance(command), time.perf_counter()
@@ -157,7 +159,8 @@ def pretrain(out: str | Path, settings: dict | None = None, stop_after: int | No
         if step < 10:
             first_losses.append(round(loss.item(), 6))
         if (step + 1) % max(1, steps // 12) == 0:
-            curve.append({"step": step + 1, "held_out_loss": round(held_out_loss(model.eval(), tokenizer, settings), 5)})
+            held_out = round(held_out_loss(model.eval(), tokenizer, settings), 5)
+            curve.append({"step": step + 1, "held_out_loss": held_out})
             model.train()
             bar.set_postfix(held_out=curve[-1]["held_out_loss"])
     record = {"schema": 1, "kind": "pretrain", "preset": "nano", "status": "complete" if not stop_after else "partial",
@@ -186,10 +189,6 @@ def describe(folder: str | Path, seed: int = 0) -> dict:
         weight = model.get_submodule(name).weight.detach()
         shuffled = weight.flatten()[torch.randperm(weight.numel(), generator=generator)].reshape(weight.shape)
         edge, S = torch.linalg.svdvals(shuffled)[0], torch.linalg.svdvals(weight)
-        rows.append({"name": name, "head": int((S > edge).sum()), "of": len(S), "top_ratio": round(float(S[0] / edge), 3)})
+        rows.append({"name": name, "head": int((S > edge).sum()), "of": len(S),
+                     "top_ratio": round(float(S[0] / edge), 3)})
     return {"sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), "spectral_head": rows}
-
-
-def read_record(folder: str | Path) -> dict:
-    """The record of the run that made the base model in `folder`."""
-    return json.loads((Path(folder) / "record.json").read_text(encoding="utf-8"))

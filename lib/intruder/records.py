@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -115,22 +116,8 @@ def summary_table(records: Iterable[RunRecord]) -> pd.DataFrame:
         row |= {name: record.metrics[name] for name in METRICS}
         row |= {"trainable_adapted": trainable.get("adapted"), "trainable_head": trainable.get("head")}
         rows.append(row | {"wall_seconds": record.provenance["wall_seconds"]})
-    names = [
-        "preset",
-        "task",
-        "run",
-        "label",
-        "method",
-        "rank",
-        "alpha",
-        "learning_rate",
-        "steps",
-        "seed",
-        *METRICS,
-        "trainable_adapted",
-        "trainable_head",
-        "wall_seconds",
-    ]
+    names = ["preset", "task", "run", "label", "method", "rank", "alpha", "learning_rate", "steps", "seed", *METRICS]
+    names += ["trainable_adapted", "trainable_head", "wall_seconds"]
     table = pd.DataFrame(rows, columns=names)
     whole = dict.fromkeys(("rank", "steps", "seed", "trainable_adapted", "trainable_head"), "Int64")
     return table.astype(whole | dict.fromkeys(("alpha", "learning_rate", *METRICS, "wall_seconds"), "float64"))
@@ -147,16 +134,27 @@ def results_folder() -> Path:
     )
 
 
+def load_base_record() -> dict:
+    """The record of the run that pre-trained the nano base: settings, held-out losses, spectra, hash, provenance.
+
+    Read from the installed package, where the weights lie beside it; needs neither torch nor a network.
+    """
+    return json.loads((files("intruder") / "assets" / "nano" / "record.json").read_text(encoding="utf-8"))
+
+
 def gather(run_folder: str | Path, results_folder: str | Path) -> list[Path]:
     """Pack what `intruder run --out` wrote into the layout of the results; return the paths written.
 
     Every record under `run_folder` becomes <preset>/<task>/<run>.json (tuning runs: <preset>/<task>/tuning/<run>.json).
     The spectra beside it, <run>.spectra.parquet, are merged into <preset>/<task>/spectra.parquet, where they replace
-    the rows of the same run. A report run with matrices but without spectra raises InputError, before anything is
-    written.
+    the rows of the same run. A report run with matrices but without spectra, and two records that belong in one place,
+    raise InputError before anything is written.
     """
-    found, new_spectra, target = _records_under(_folder(run_folder)), {}, Path(results_folder)
+    found, new_spectra, target, sources = _records_under(_folder(run_folder)), {}, Path(results_folder), {}
     for path, record in found:
+        other = sources.setdefault((*(record.config[key] for key in ("preset", "task", "stage")), record.run), path)
+        if other != path:
+            raise InputError(f"{path} and {other} are two records of one run; wanted one of them: remove the other")
         spectra_path = path.with_name(f"{record.run}.spectra.parquet")
         if record.config["stage"] == "tuning":
             continue
@@ -236,11 +234,11 @@ def _records_under(folder: Path) -> list[tuple[Path, RunRecord]]:
     for path in sorted(folder.rglob("*.json")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue  # the checkpoints of a run under way, and temporary files
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             if _has_run(text):
                 found.append((path, RunRecord.from_json(text)))
-        except InputError as error:
+        except (InputError, UnicodeDecodeError) as error:
             raise InputError(f"{path.relative_to(folder)}: {error}") from error
     return found
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from . import language
-from .config import RunConfig, labels_of, make_config
+from .config import RunConfig, check_out, labels_of, make_config
 from .data import load_examples, majority_accuracy
 from .errors import InputError
 from .measure import measure_pairs, pseudo_loss
@@ -27,6 +27,7 @@ from .weights import model_pairs
 
 PSEUDO_LOSS_SEED = 4242  # the fresh documents on which forgetting is measured: the same for every run
 NULL_SEED = 0
+MATRIX_NUMBERS = ("effective_rank", "update_norm", "pretrained_norm")
 
 
 class Run(NamedTuple):
@@ -37,21 +38,24 @@ class Run(NamedTuple):
 
 
 def run_config(config: RunConfig, out: str | Path | None = None, command: str = "", progress: bool = True,
-               on_step: Callable | None = None) -> Run:
+               on_step: Callable | None = None) -> Run | None:
     """Train and measure `config`; with `out`, write `out`/<run>.json and `out`/<run>.spectra.parquet.
 
     Checkpoints lie in `out`/.<run> while the run is under way, so that a killed run continues; a finished run leaves
-    none. Without `out` nothing is kept. Raises InputError if `out` already holds a record of that name.
+    none. Without `out` nothing is kept. Of several processes the first one measures and writes; the others return None.
+    Raises InputError if `out` cannot be written to or already holds a record of that name.
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             return _run(config, Path(folder), command, progress, on_step)
     out = Path(out)
+    check_out(out)
     if (out / f"{config.run}.json").exists():
-        raise InputError(f"{out / config.run}.json already exists; wanted a new run: remove it, or choose another --out")
+        raise InputError(f"{out / config.run}.json already exists; wanted a new run: remove it, or choose another "
+                         "--out")
     done = _run(config, out / f".{config.run}", command, progress, on_step)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return done
+    if done is None:
+        return None
     if done.spectra is not None:
         write_spectra(done.spectra, out / f"{config.run}.spectra.parquet")
     write_record(done.record, out)
@@ -59,12 +63,15 @@ def run_config(config: RunConfig, out: str | Path | None = None, command: str = 
     return done
 
 
-def _run(config: RunConfig, folder: Path, command: str, progress: bool, on_step: Callable | None) -> Run:
+def _run(config: RunConfig, folder: Path, command: str, progress: bool, on_step: Callable | None) -> Run | None:
     origin, clock = provenance(command), time.perf_counter()
     source = model_source(config.preset, config.model)
     examples, data = load_examples(config)
     accelerator = make_accelerator(config)
     tokenizer = load_tokenizer(source)
+    if config.max_length > tokenizer.model_max_length:
+        raise InputError(f"max_length is {config.max_length}; wanted at most {tokenizer.model_max_length}, the longest "
+                         "text of this model")
     base = load_classifier(source, len(labels_of(config)), config.dropout, config.seed)
     base_state = {name: tensor.detach().clone() for name, tensor in base.state_dict().items()}
     model = adapt(base, config.method, config.rank, config.alpha, config.norms_and_biases, config.seed)
@@ -73,15 +80,20 @@ def _run(config: RunConfig, folder: Path, command: str, progress: bool, on_step:
     pad_id = tokenizer.pad_token_id
     model, fitted = fit(model, splits["train"], splits["validation"], config, accelerator, pad_id, folder, progress,
                         on_step)
+    test_accuracy = None
+    if config.stage == "report":
+        test_accuracy = round(accuracy(model, splits["test"], pad_id, accelerator), 6)
+    if not accelerator.is_main_process:
+        return None
     metrics = {"validation_accuracy": max(point["validation_accuracy"] for point in fitted.curve),
-               "test_accuracy": None, "majority_accuracy": round(majority_accuracy(examples["train"], examples["test"]), 6),
+               "test_accuracy": test_accuracy,
+               "majority_accuracy": round(majority_accuracy(examples["train"], examples["test"]), 6),
                "pseudo_loss": None, "base_pseudo_loss": None}
     missing, spectra, matrices = {}, None, []
     if config.stage == "tuning":
         missing = dict.fromkeys(("test_accuracy", "pseudo_loss", "base_pseudo_loss"),
                                 "a learning-rate trial is judged by validation accuracy alone")
     else:
-        metrics["test_accuracy"] = round(accuracy(model, splits["test"], pad_id, accelerator), 6)
         if config.method != "head":
             model = model.cpu()
             spectra, matrices = measure_pairs(model_pairs(base_state, model), NULL_SEED)
@@ -94,8 +106,7 @@ def _run(config: RunConfig, folder: Path, command: str, progress: bool, on_step:
     record = RunRecord(
         run=config.run, config=_portable(config), provenance=origin, metrics=metrics, missing=missing,
         training={"steps": config.steps, "best_step": fitted.best_step, "trainable": trainable, "curve": fitted.curve},
-        matrices=[matrix | {name: round(matrix[name], 6) for name in ("effective_rank", "update_norm", "pretrained_norm")}
-                  for matrix in matrices])
+        matrices=[matrix | {name: round(matrix[name], 6) for name in MATRIX_NUMBERS} for matrix in matrices])
     return Run(record, spectra)
 
 

@@ -14,7 +14,7 @@ METHODS = ("full", "lora", "head")
 STAGES = ("report", "tuning")
 METRICS = ("validation_accuracy", "test_accuracy", "majority_accuracy", "pseudo_loss", "base_pseudo_loss")
 
-_RUN = re.compile(r"^(full|head|lora-r([1-9]\d*))-(?:s(\d+)|lr(\d[\d.e+-]*))$")
+_RUN = re.compile(r"^(full|head|lora-r([1-9]\d*))(?:\.([a-z0-9][a-z0-9_-]*?))?-(?:s(\d+)|lr(\d[\d.e+-]*))$")
 _CONFIG_FIELDS = ("preset", "task", "method", "rank", "alpha", "learning_rate", "steps", "batch_size", "seed", "stage")
 _PROVENANCE_FIELDS = (
     "command",
@@ -109,8 +109,10 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """The method with its rank, as in run names: full, head, lora-r8."""
-        return self.config["method"] if self.config["rank"] is None else f"lora-r{self.config['rank']}"
+        """The method with its rank and variant, as in run names: full, head, lora-r8, full.rate_3e-4."""
+        config = self.config
+        method = config["method"] if config["rank"] is None else f"lora-r{config['rank']}"
+        return f"{method}.{config['variant']}" if config.get("variant") else method
 
     def to_json(self) -> str:
         """The record as JSON text, keys in the order of the schema, ending in a line break."""
@@ -144,7 +146,7 @@ def parse_run(run: str) -> tuple[str, int | None, int | None]:
         raise InputError(
             f"run {run!r} is not a run name; wanted for example full-s0, lora-r8-s0, head-s0 or full-lr0.001"
         )
-    label, rank, seed, _ = match.groups()
+    label, rank, _, seed, _ = match.groups()
     return label.split("-")[0], int(rank) if rank else None, int(seed) if seed else None
 
 

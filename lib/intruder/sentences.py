@@ -6,17 +6,19 @@ difference excludes zero. Each function returns Markdown. Needs numpy and pandas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 
-from .findings import RunSpectra, compare, count_frame, label_order, label_text, one_source, signed, spread
+from .findings import (LEARNT_POINTS, RunSpectra, compare, count_frame, label_order, label_text, one_source, rows_of,
+                       signed, spread)
 
 
 def say_counts(runs: Sequence[RunSpectra], epsilon: float = 0.5, k: int = 10) -> str:
     """A Markdown list: full fine-tuning's count, which ranks have more or fewer, and who differs from its matched null.
 
-    "More" and "fewer" stand only where the 95 % interval of the difference excludes zero (`findings.verdict_table` has
+    "More" and "fewer" stand only where the 95 % interval of the difference excludes zero (`tables.verdict_table` has
     the intervals); with one seed nothing is compared. The runs are of one preset and task, else InputError.
     """
     one_source(runs)
@@ -75,3 +77,59 @@ def say_ladder(summary: pd.DataFrame, preset: str, ceiling: float = 99.5) -> str
         lines.append(f"- **{task}**: majority {majority:.1f} %, head only {spread(head)} %, full fine-tuning "
                      f"{spread(full)} %, at most {full.max():.1f} %; {verdict}.")
     return "\n".join(lines)
+
+
+def say_rates(summary: pd.DataFrame, trials: pd.DataFrame, runs: Sequence[RunSpectra], epsilon: float = 0.5,
+              k: int = 10) -> str:
+    """A Markdown list, one line per variant: the same method at the rate its trials chose and at another one.
+
+    `trials` is the `summary_table` of the learning-rate trials. Each line sets side by side what the two rates scored
+    in the trials, and accuracy, count and pseudo-loss of the reported runs. One preset and task, else InputError.
+    """
+    one_source(runs)
+    counts, lines = count_frame(runs, epsilon, k), []
+    mine = rows_of(summary, runs)
+    tried_here = trials[(trials["preset"] == runs[0].preset) & (trials["task"] == runs[0].task)]
+    for label in sorted({run.label for run in runs if "." in run.label}, key=label_order):
+        pair = []
+        for name in (label.partition(".")[0], label):
+            rows = mine[mine["label"] == name]
+            rate, count = rows["learning_rate"].iloc[0], counts[counts["label"] == name]
+            trial = tried_here[(tried_here["label"] == label.partition(".")[0]) & (tried_here["learning_rate"] == rate)]
+            pair.append((f"{rate:g}", spread(100 * trial["validation_accuracy"]), spread(100 * rows["test_accuracy"]),
+                         spread(count["count"]), spread(count["null"]), spread(rows["pseudo_loss"], 2)))
+        (rate, tried, accuracy, count, null, loss), other = pair
+        lines.append(
+            f"- **{label_text(label.partition('.')[0])}** at rate {rate} (chosen: {tried} % in its trial) and at "
+            f"{other[0]} ({other[1]} %): test accuracy {accuracy} % and {other[2]} %; intruder dimensions **{count}** "
+            f"and **{other[3]}** (matched nulls {null} and {other[4]}); pseudo-loss {loss} and {other[5]}.")
+    return "\n".join(lines)
+
+
+def say_failed(summary: pd.DataFrame, preset: str, points: float = LEARNT_POINTS) -> str:
+    """One Markdown sentence naming the runs that did not learn: so many points below full fine-tuning's mean."""
+    found, part = [], summary[summary["preset"] == preset]
+    for task, rows in part.groupby("task"):
+        floor = 100 * rows[rows["label"] == "full"]["test_accuracy"].mean() - points
+        weak = rows[(100 * rows["test_accuracy"] < floor) & (rows["method"] != "head")]
+        found += [f"{task}, {label_text(row.label)}, seed {row.seed} ({100 * row.test_accuracy:.1f} %)"
+                  for row in weak.itertuples()]
+    if not found:
+        return f"No run of `{preset}` ended more than {points:g} points below full fine-tuning."
+    return (f"{len(found)} of the {len(part)} runs of `{preset}` ended more than {points:g} points below full "
+            f"fine-tuning: {'; '.join(found)}. They stay in the accuracies and in every figure; where "
+            "intruders are counted in sentences and tables they are left out, because the directions they grew belong to "
+            "no learnt task.")
+
+
+def say_base(record: dict) -> str:
+    """One Markdown paragraph on the nano base: how long it was pre-trained, what it learnt, what its spectra are."""
+    settings, curve, rows = record["settings"], record["curve"], record["spectral_head"]
+    first, last = curve[0], curve[-1]
+    heads = [row["head"] for row in rows]
+    return (f"It has {record['parameters']:,} parameters and {record['vocabulary']} words, and was pre-trained for "
+            f"{settings['steps']:,} steps of {settings['batch_size']} documents. Its loss on held-out documents fell "
+            f"from {first['held_out_loss']:.2f} nats per hidden word after {first['step']:,} steps to "
+            f"**{last['held_out_loss']:.2f}** (guessing among all words: {math.log(record['vocabulary']):.2f}). "
+            f"In its {len(rows)} matrices, {min(heads)} to {max(heads)} singular values stand clear of the random "
+            f"bulk, that is above the largest one of the same entries in random places.")

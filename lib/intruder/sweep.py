@@ -1,13 +1,15 @@
 """Sweeps as data: a file that says which runs there are; this module runs those that have no record yet.
 
-A sweep file is one JSON object: `base` (values shared by every run), `methods` (a list of differences, each with its own
-`learning_rates` grid), `grid` (lists of values to combine, e.g. task and seed), and `tuning` (differences of the trials).
+A sweep file is one JSON object: `base` (values shared by every run), `methods` (a list of differences, each with its
+own `learning_rates` grid), `grid` (the list of seeds, and of tasks if there are several), and `tuning` (differences of
+the trials).
 First every rate of every grid is tried once on the validation data with the tuning seed; the best one (the smaller of
 two equals) is then used by the reported runs. Both kinds are records.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import time
@@ -16,12 +18,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from .config import RunConfig, make_config, read_config
+from .config import RunConfig, check_out, make_config, read_config
 from .errors import InputError
-from .records import load_records
+from .records import RunRecord, load_records
 
 KEYS = ("base", "methods", "grid", "tuning")
 RATES = "learning_rates"
+LOCAL = ("model", "data")  # where things lie on one machine: no part of what a run is
 
 
 def read_sweep(path: str | Path) -> dict:
@@ -29,12 +32,37 @@ def read_sweep(path: str | Path) -> dict:
     sweep = read_config(path)
     unknown, missing = set(sweep) - set(KEYS), set(KEYS) - set(sweep)
     if unknown or missing:
-        raise InputError(f"{path}: {'unknown' if unknown else 'missing'} part {sorted(unknown or missing)[0]!r}; wanted "
-                         f"{', '.join(KEYS)}")
+        raise InputError(f"{path}: {'unknown' if unknown else 'missing'} part {sorted(unknown or missing)[0]!r}; "
+                         f"wanted {', '.join(KEYS)}")
+    for part in KEYS:
+        if not isinstance(sweep[part], list if part == "methods" else dict):
+            raise InputError(f"{path}: {part} is {json.dumps(sweep[part])[:60]}; wanted "
+                             + ("a list of methods" if part == "methods" else "an object of keys and values"))
     for method in sweep["methods"]:
-        if not method.get(RATES):
-            raise InputError(f"{path}: method {method} has no {RATES}; wanted a list such as [1e-4, 3e-4]")
+        if not isinstance(method, dict) or not _filled(method.get(RATES)):
+            raise InputError(f"{path}: method {json.dumps(method)} has no {RATES}; wanted a list such as [1e-4, 3e-4]")
+    grid = sweep["grid"]
+    if not set(grid) <= {"task", "seed"} or not _filled(grid.get("seed")) or not _filled(grid.get("task", [""])):
+        raise InputError(f"{path}: grid is {json.dumps(grid)[:90]}; wanted a list of seeds and, if there are several, "
+                         "of tasks, e.g. {\"task\": [\"nli\"], \"seed\": [0, 1]}")
     return sweep
+
+
+def _filled(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def check_runs(sweep: dict) -> None:
+    """Raise InputError unless every run of the sweep is a valid configuration with a place of its own."""
+    seen = set()
+    reported = [make_config(values | {"learning_rate": rates[0], "seed": seed})
+                for values, rates in _cells(sweep) for seed in sweep["grid"]["seed"]]
+    for config in tuning_runs(sweep) + reported:
+        path = place(config, "") / config.run
+        if path in seen:
+            raise InputError(f"the sweep has two runs named {path}; wanted names that differ (task, method, rank, and "
+                             "seed or rate): put the others into a sweep with another --out")
+        seen.add(path)
 
 
 def _cells(sweep: dict) -> Iterator[tuple[dict, list[float]]]:
@@ -61,7 +89,8 @@ def report_runs(sweep: dict, folder: str | Path) -> list[RunConfig]:
     tried = {}
     for record in load_records(folder, stage="tuning") if Path(folder).is_dir() else []:
         config = record.config
-        tried.setdefault((config["preset"], config["task"], config["method"], config["rank"], config["alpha"]), []).append(
+        cell = tuple(config[key] for key in ("preset", "task", "method", "rank", "alpha"))
+        tried.setdefault(cell, []).append(
             {"learning_rate": config["learning_rate"], "validation_accuracy": record.metrics["validation_accuracy"]})
     runs = []
     for values, rates in _cells(sweep):
@@ -82,8 +111,16 @@ def place(config: RunConfig, out: str | Path) -> Path:
 
 
 def is_done(config: RunConfig, out: str | Path) -> bool:
-    """Whether the run's record is there."""
-    return (place(config, out) / f"{config.run}.json").is_file()
+    """Whether the run's record is there; InputError if it is the record of another configuration."""
+    path = place(config, out) / f"{config.run}.json"
+    if not path.is_file():
+        return False
+    found, wanted = RunRecord.from_json(path.read_text(encoding="utf-8")).config, config.values()
+    for key in wanted:
+        if key in found and key not in LOCAL and found[key] != wanted[key]:
+            raise InputError(f"{path} was made with {key} {json.dumps(found[key])}, and this sweep wants "
+                             f"{json.dumps(wanted[key])}: remove it, or choose another --out")
+    return True
 
 
 def run_sweep(path: str | Path, out: str | Path, jobs: int = 1, say=print, **local) -> int:
@@ -92,14 +129,23 @@ def run_sweep(path: str | Path, out: str | Path, jobs: int = 1, say=print, **loc
     `jobs` processes work side by side, one thread each. `local` are values such as model= and data= that depend on the
     machine. A killed sweep is started again with the same call: finished runs are skipped and the interrupted ones
     continue from their checkpoints.
+
+    Raises InputError before the first run for a sweep that cannot be, and after the last one if some runs failed.
     """
     sweep = read_sweep(path)
     sweep["base"] = sweep["base"] | {key: value for key, value in local.items() if value is not None}
-    made = _run_all(tuning_runs(sweep), out, jobs, say, f"intruder sweep {Path(path).stem}")
-    return made + _run_all(report_runs(sweep, out), out, jobs, say, f"intruder sweep {Path(path).stem}")
+    check_runs(sweep)
+    check_out(out)
+    command, failed = f"intruder sweep {Path(path).stem}", {}
+    made = _run_all(tuning_runs(sweep), out, jobs, say, command, failed)
+    made += _run_all(report_runs(sweep, out), out, jobs, say, command, failed)
+    if failed:
+        run, reason = next(iter(failed.items()))
+        raise InputError(f"{len(failed)} of {made} runs failed; {run}: {reason}")
+    return made
 
 
-def _run_all(configs: list[RunConfig], out: str | Path, jobs: int, say, command: str) -> int:
+def _run_all(configs: list[RunConfig], out: str | Path, jobs: int, say, command: str, failed: dict[str, str]) -> int:
     todo = [config for config in configs if not is_done(config, out)]
     say(f"{len(configs)} runs, {len(configs) - len(todo)} with a record, {len(todo)} to do, {jobs} at a time")
     if not todo:
@@ -109,8 +155,10 @@ def _run_all(configs: list[RunConfig], out: str | Path, jobs: int, say, command:
         futures = {pool.submit(_one, config.values(), str(place(config, out)), command): config for config in todo}
         for done, future in enumerate(as_completed(futures), start=1):
             config, passed = futures[future], time.perf_counter() - start
-            outcome = future.result()
-            say(f"[{done}/{len(todo)}] {config.preset}/{config.task}/{config.run} rate {config.learning_rate:g}: "
+            outcome, name = future.result(), f"{config.preset}/{config.task}/{config.run}"
+            if "failed" in outcome:
+                failed[name] = outcome["failed"]
+            say(f"[{done}/{len(todo)}] {name} rate {config.learning_rate:g}: "
                 f"{json.dumps(outcome)}; {passed / 60:.1f} min passed, about "
                 f"{passed / done * (len(todo) - done) / 60:.1f} min to go")
     return len(todo)
@@ -124,6 +172,7 @@ def _one_thread() -> None:
 def _one(values: dict, folder: str, command: str) -> dict:
     """Make one run in a worker process; what it says is shown beside the estimate of the time left."""
     from .run import run_config
+    gc.collect()  # models and their wrappers refer to each other in circles, and a worker makes many
     try:
         record = run_config(make_config(values), folder, command, progress=False).record
     except InputError as error:

@@ -264,10 +264,14 @@ def read_tsv(path: str | Path, labels: tuple[str, ...]) -> list[Example]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}; wanted lines of sentence<TAB>label")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error}); wanted lines of sentence<TAB>label") from error
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         text, tab, label = line.rpartition("\t")
-        if not tab or not label.isdigit() or int(label) >= len(labels) or not text.strip():
+        if not tab or not label.isdecimal() or int(label) >= len(labels) or not text.strip():
             raise InputError(f"{path} line {number} is {line[:60]!r}; wanted sentence<TAB>label, "
                              f"label 0 to {len(labels) - 1}")
         found.append(Example(text, None, int(label), labels[int(label)]))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
@@ -28,8 +28,9 @@ from .errors import InputError
 CHUNK = 32  # batches whose examples are sorted by length together, so that little padding is computed
 EVALUATION_BATCH = 128
 # what `accelerate launch --cpu --num_processes 2` leads to where no MPI is installed
-ONE_PROCESS = ("intruder: note: `accelerate launch --cpu` has started one process only (more need MPI); the numbers are "
-               "the same. For several processes on a CPU: accelerate launch --multi_gpu --num_processes 2 -m intruder ...")
+ONE_PROCESS = ("intruder: note: `accelerate launch --cpu` has started one process only (more need MPI); the numbers "
+               "are the same. For several processes on a CPU: accelerate launch --multi_gpu --num_processes 2 "
+               "-m intruder ...")
 
 
 class Encoded(NamedTuple):
@@ -48,13 +49,18 @@ class Fit(NamedTuple):
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """An Accelerator for the configured precision: `auto` is bf16 or fp16 on a GPU that has it and float32 on a CPU."""
-    cuda = torch.cuda.is_available()
+    """An Accelerator for the configured precision: `auto` is bf16 or fp16 on a GPU that has it and float32 on a CPU.
+
+    Raises InputError for fp16 on a CPU.
+    """
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     if not cuda and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         print(ONE_PROCESS, file=sys.stderr)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "no" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "fp16" and not cuda:
+        raise InputError("mixed_precision is 'fp16' on a CPU; wanted no or bf16 here, e.g. --set mixed_precision=auto")
     return Accelerator(cpu=not cuda, mixed_precision=precision,
                        gradient_accumulation_steps=config.gradient_accumulation)
 
@@ -80,7 +86,7 @@ def collate(data: Encoded, rows: Sequence[int], pad_id: int, device) -> dict[str
 
 
 def batch_order(data: Encoded, config: RunConfig) -> np.ndarray:
-    """(steps, batch_size) indices of examples: every epoch a new permutation, sorted by length within `CHUNK` batches."""
+    """(steps, batch_size) indices of examples: every epoch a new permutation, sorted by length in `CHUNK` batches."""
     rng = np.random.default_rng([config.seed, 7])
     lengths = np.array([len(ids) for ids in data.ids])
     needed, parts = config.steps * config.batch_size, []
@@ -96,6 +102,7 @@ def batch_order(data: Encoded, config: RunConfig) -> np.ndarray:
 
 def accuracy(model, data: Encoded, pad_id: int, accelerator: Accelerator) -> float:
     """Share of examples whose highest logit is their label, over all processes; the model's mode is restored."""
+    model = accelerator.unwrap_model(model)  # processes may have different numbers of batches: no exchange in a forward
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(data.labels)), key=lambda i: len(data.ids[i]))
@@ -119,7 +126,8 @@ def fit(model: torch.nn.Module, train: Encoded, validation: Encoded, config: Run
     micro-batches. At each of `config.evaluations` validations the state goes to `folder`/checkpoint.safetensors and,
     if it is the best so far, the weights to `folder`/best.safetensors; a checkpoint found there is continued.
     on_step(step, loss, model) is called after every step.  Raises InputError if the batch does not split evenly over
-    processes and micro-batches, or if `folder` holds the checkpoint of another configuration.
+    processes and micro-batches, if `folder` holds a broken checkpoint or that of another
+    configuration, or if the loss is no longer finite.
     """
     shards = accelerator.num_processes * config.gradient_accumulation
     if config.batch_size % shards:
@@ -161,6 +169,8 @@ def fit(model: torch.nn.Module, train: Encoded, validation: Encoded, config: Run
         if on_step:
             on_step(step + 1, losses[-1], plain)
         if step + 1 in marks:
+            if not np.isfinite(losses).all():
+                _diverged(config, folder, accelerator)
             score = accuracy(model, validation, pad_id, accelerator)
             state["curve"].append({"step": step + 1, "loss": round(float(np.mean(losses)), 6),
                                    "validation_accuracy": round(score, 6)})
@@ -174,11 +184,17 @@ def fit(model: torch.nn.Module, train: Encoded, validation: Encoded, config: Run
                 _checkpoint(plain, inner, config, folder, state)
             accelerator.wait_for_everyone()
             bar.set_postfix(validation=f"{score:.3f}")
-    if not np.isfinite([point["loss"] for point in state["curve"]]).all():
-        raise InputError(f"the loss of {config.run} is not finite at learning rate {config.learning_rate:g}; "
-                         "wanted a rate at which it trains, e.g. --set learning_rate=1e-4")
     _load(plain, load_file(folder / "best.safetensors"))
+    accelerator.wait_for_everyone()  # the caller may remove the folder
     return plain, Fit(state["best_step"], state["curve"])
+
+
+def _diverged(config: RunConfig, folder: Path, accelerator: Accelerator) -> None:
+    """Raise InputError; the checkpoint goes, so that the same command with another rate starts afresh."""
+    if accelerator.is_main_process:
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    raise InputError(f"the loss of {config.run} is not finite at learning rate {config.learning_rate:g}; "
+                     "wanted a rate at which it trains, e.g. --set learning_rate=1e-4")
 
 
 # -- state on disk: safetensors only, whole or not at all -------------------------------------------------------------
@@ -217,12 +233,17 @@ def _resume(model, optimizer, config: RunConfig, folder: Path) -> dict:
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
         return {"step": 0, "best_step": 0, "best_accuracy": -1.0, "curve": []}
-    with safe_open(path, "pt") as opened:
-        metadata = opened.metadata()
+    try:
+        with safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint ({error}); wanted a whole one: remove {folder}, and "
+                         "the run starts afresh") from error
     if metadata.get("digest") != config.digest():
         raise InputError(f"{folder} holds the checkpoint of another configuration of {config.run}; wanted an empty "
                          "folder: remove it or choose another with --out")
-    tensors, state = load_file(path), json.loads(metadata["state"])
+    state = json.loads(metadata["state"])
     _load(model, {name.removeprefix("weight."): tensor for name, tensor in tensors.items()
                   if name.startswith("weight.")})
     for i, parameter in enumerate(_parameters(optimizer)):
