@@ -192,7 +192,7 @@ def test_overview_table_holds_counts_accuracy_and_loss(summary, spectra):
     frame = findings.count_frame(runs, 0.9, 10)
     assert table.loc["LoRA r = 8", "ε = 0.9"] == findings.spread(frame[frame["label"] == "lora-r8"]["count"])
     part = summary[(summary["preset"] == "nano") & (summary["task"] == "nli") & (summary["label"] == "full")]
-    assert table.loc["full fine-tuning", "test accuracy, %"] == findings.spread(100 * part["test_accuracy"])
+    assert table.loc["full fine-tuning", "accuracy, %"] == findings.spread(100 * part["test_accuracy"])
     assert any(str(name).startswith("pseudo-loss") for name in table.columns)
     without = tables.overview_table(summary.assign(pseudo_loss=float("nan")), runs)
     assert not any(str(name).startswith("pseudo-loss") for name in without.columns)

@@ -26,8 +26,8 @@ def overview_table(summary: pd.DataFrame, runs: Sequence[RunSpectra], k: int = 1
     loss = f"pseudo-loss (base {part['base_pseudo_loss'].mean():.3f})"
     for label in sorted({run.label for run in runs}, key=label_order):
         mine = part[part["label"] == label]
-        cells = {"seeds": len(mine), "learning rate": f"{mine['learning_rate'].iloc[0]:g}",
-                 "test accuracy, %": spread(100 * mine["test_accuracy"])}
+        cells = {"seeds": len(mine), "rate": f"{mine['learning_rate'].iloc[0]:g}",
+                 "accuracy, %": spread(100 * mine["test_accuracy"])}
         cells |= {f"ε = {epsilon:g}": spread(frame[frame["label"] == label]["count"])
                   for epsilon, frame in counts.items()}
         rows[label_text(label)] = cells | {loss: spread(mine["pseudo_loss"], 3)}
