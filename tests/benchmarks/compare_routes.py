@@ -29,7 +29,7 @@ RANK, HEAD = 16, 128
 
 
 def pair(shape: tuple[int, int], seed: int = 0, strength: float = 4.0) -> tuple[torch.Tensor, LowRank]:
-    """(W0, update): bulk with its edge at 1, head 6 i^-0.7, update with random directions and norms about `strength`."""
+    """(W0, update): bulk with its edge at 1, head 6 i^-0.7, random update of norm about `strength`."""
     m, p = shape
     generator = torch.Generator().manual_seed(seed)
     U, V = (torch.linalg.qr(torch.randn(side, HEAD, generator=generator)).Q for side in shape)
@@ -94,7 +94,9 @@ def main() -> None:
             hashed = seconds(
                 lambda: compare(W0, update, 10, arguments.epsilon, "cached", basis=store), arguments.repeats
             )
-            given = seconds(lambda: compare(W0, update, 10, arguments.epsilon, "cached", basis=basis), arguments.repeats)
+            given = seconds(
+                lambda: compare(W0, update, 10, arguments.epsilon, "cached", basis=basis), arguments.repeats
+            )
             reference = seconds(lambda: paper(W0, update, 10, arguments.epsilon), 1)
             count, first, second = reference[2], certified[2], given[2]
             line = {"shape": text, "threads": torch.get_num_threads(), "paper_seconds": round(reference[0], 2)}
