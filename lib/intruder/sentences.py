@@ -57,6 +57,8 @@ def say_gap(summary: pd.DataFrame, preset: str, points: float = 2.0) -> str:
             continue
         labels = [label for label in sorted(means.index, key=label_order) if label.startswith("lora")]
         gaps = {label: means[label] - means["full"] for label in labels}
+        if not gaps:
+            continue
         near = [label_text(label) for label, gap in gaps.items() if abs(gap) <= points]
         far = [f"{label_text(label)} ({signed(gap)})" for label, gap in gaps.items() if abs(gap) > points]
         lines.append(f"- **{preset} · {task}**: full fine-tuning {means['full']:.1f} %. Within {points:g} points: "
@@ -64,15 +66,18 @@ def say_gap(summary: pd.DataFrame, preset: str, points: float = 2.0) -> str:
     return "\n".join(lines)
 
 
-def say_ladder(summary: pd.DataFrame, preset: str, ceiling: float = 99.5) -> str:
-    """A Markdown list, one line per task: is majority class < head only < full < the ceiling, in every seed?"""
+def say_ladder(summary: pd.DataFrame, preset: str, ceiling: float = 99.5, step: float = 2.0) -> str:
+    """A Markdown list, one line per task: is majority class < head only < full < the ceiling, in every seed?
+
+    A step counts if it is at least `step` points high: on 2,000 test examples less can be chance.
+    """
     lines = []
     for task, part in summary[summary["preset"] == preset].groupby("task"):
         head, full = (100 * part[part["label"] == label]["test_accuracy"] for label in ("head", "full"))
         if not len(head) or not len(full):
             continue
         majority = 100 * part["majority_accuracy"].iloc[0]
-        holds = majority < head.min() and head.max() < full.min() and full.max() < ceiling
+        holds = majority + step <= head.min() and head.max() + step <= full.min() and full.max() < ceiling
         verdict = "the order holds in every seed" if holds else "**the order does not hold in every seed**"
         lines.append(f"- **{task}**: majority {majority:.1f} %, head only {spread(head)} %, full fine-tuning "
                      f"{spread(full)} %, at most {full.max():.1f} %; {verdict}.")
