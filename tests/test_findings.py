@@ -65,7 +65,7 @@ def test_mixed_tasks_make_no_table(spectra):
 
 @pytest.mark.parametrize("label, text", [
     ("full", "full fine-tuning"), ("head", "head only"), ("lora-r8", "LoRA r = 8"),
-    ("lora-r8.a_16", "LoRA r = 8 (a 16)"), ("mine", "mine")])
+    ("lora-r8.a_16", "r = 8 (a 16)"), ("mine", "mine")])
 def test_labels_read_as_words(label, text):
     """Labels of runs become what a reader sees; a reader's own label stays."""
     assert findings.label_text(label) == text
@@ -203,8 +203,8 @@ def test_a_variant_follows_its_main_series():
     labels = ["lora-r16", "lora-r8.rate_1e-3", "full.rate_3e-4", "lora-r8", "full", "head"]
     ordered = ["head", "full", "full.rate_3e-4", "lora-r8", "lora-r8.rate_1e-3", "lora-r16"]
     assert sorted(labels, key=findings.label_order) == ordered
-    assert findings.label_text("full.rate_3e-4") == "full fine-tuning (rate 3e-4)"
-    assert findings.label_text("lora-r8.rate_1e-3") == "LoRA r = 8 (rate 1e-3)"
+    assert findings.label_text("full.rate_3e-4") == "full (rate 3e-4)"
+    assert findings.label_text("lora-r8.rate_1e-3") == "r = 8 (rate 1e-3)"
     assert findings.label_text("mine") == "mine"
 
 

@@ -73,13 +73,15 @@ def label_order(label: str) -> tuple[int, int, str]:
 
 
 def label_text(label: str) -> str:
-    """The name a reader sees: `full` is "full fine-tuning", `lora-r8.rate_1e-3` is "LoRA r = 8 (rate 1e-3)"."""
+    """The name a reader sees: `full` is "full fine-tuning", `lora-r8.rate_1e-3` is "r = 8 (rate 1e-3)"."""
     main, _, variant = label.partition(".")
     method, _, rank = main.partition("-r")
     named = {"full": "full fine-tuning", "head": "head only", "lora": f"LoRA r = {rank}"}
     if method not in named or (method == "lora") != rank.isdigit():
         return label
-    return named[method] + (f" ({variant.replace('_', ' ')})" if variant else "")
+    if not variant:
+        return named[method]
+    return f"{named[method].removeprefix('LoRA ').removesuffix(' fine-tuning')} ({variant.replace('_', ' ')})"
 
 
 def runs_of(spectra: pd.DataFrame, preset: str | None = None, task: str | None = None) -> list[RunSpectra]:
