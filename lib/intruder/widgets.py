@@ -23,6 +23,7 @@ def explore(preset: str | None = None, task: str | None = None, live: Mapping[st
     In the book's static build this is `charts.explorer`, which counts in the browser; with a live kernel it is an
     `Explorer`, whose controls call `count_intruders`. Both start at the paper's epsilon = 0.5 and k = 10.
 
+    Without a task, every task is offered on which more than one method was run.
     `live` adds runs of the reader's, {name: run}, beside the committed ones of the first task shown: a run is a result
     of `quick_run`, or the table of spectra that `measure_pairs` returns. `rank` says where the first slider starts,
     `k_max` where the third ends, `folder` where the records are (the committed ones by default).
@@ -31,6 +32,10 @@ def explore(preset: str | None = None, task: str | None = None, live: Mapping[st
     runs = runs_of(load_spectra(folder or results_folder()), preset, task)
     if not runs:
         raise InputError("the records hold no spectra; wanted some: `intruder run CONFIG --out DIR`, then gather DIR")
+    if task is None:  # a task with a single method has nothing to compare
+        methods = {source: {run.label for run in runs if run.source == source} for source in {r.source for r in runs}}
+        most = max(map(len, methods.values()))
+        runs = [run for run in runs if len(methods[run.source]) > 1 or most == 1]
     for name, run in (live or {}).items():
         runs.append(live_run(name, getattr(run, "spectra", run), runs[0].preset, runs[0].task))
     label = _start(runs, rank)
