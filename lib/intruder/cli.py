@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("preset", choices=["nano"], help="the base model to make")
     add.add_argument("--out", default="runs/nano", help="folder for weights, tokenizer and record (default runs/nano)")
     add.add_argument("--stop-after", type=int, metavar="STEPS", help="stop early and write the first losses only")
+    add.add_argument("--sizes", metavar="FILE", help="make the alternatives of this file and judge them instead, one "
+                     "record each and no weights, e.g. lib/experiments/nano-sizes.json")
     add.set_defaults(act=_pretrain)
 
     add = commands.add_parser("records", help="pack or check records")
@@ -212,6 +214,12 @@ def sweep_names() -> list[str]:
 def _pretrain(options) -> None:
     if options.stop_after is not None and options.stop_after < 1:
         raise InputError(f"stop-after is {options.stop_after}; wanted 1 step or more")
+    if options.sizes:
+        if options.stop_after:
+            raise InputError("--stop-after and --sizes were both given; wanted one of them")
+        from .base_sizes import compare_sizes
+        compare_sizes(options.sizes, options.out, lambda line: print(line, flush=True), _command())
+        return
     from .pretrain import pretrain
     record = pretrain(options.out, stop_after=options.stop_after, command=_command())
     print(f"{options.out}/record.json: first losses {record['first_losses'][:3]}, "
