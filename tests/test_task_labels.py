@@ -1,4 +1,4 @@
-"""The labels of NLI, paraphrase and claims, judged again from the text alone by brute force: none contradicts them."""
+"""The labels of every task but sentiment, judged again from the text alone by brute force: none contradicts them."""
 
 import random
 import re
@@ -101,3 +101,43 @@ def test_claims_are_judged_by_the_table_of_facts():
         truths = [_holds(person, part) for part in parts.split(" and ")]
         found = 1 if 1 in truths else max(truths)
         assert label == ((1, 0, 2)[found] if claim.startswith("it is false") else found), text
+
+
+ASKED = {"what will do next": ("action",), "how will feel in the end": ("feeling",), "how was before": ("state",),
+         "what did do before": ("need", "action")}  # stages that the question may ask for; never the one told
+
+
+def test_one_answer_of_three_fits_the_story_and_the_question():
+    """Read from the text: the labelled answer belongs to the person's script and to the question, no other does both."""
+    rng = random.Random(4)
+    for _ in range(DRAWS):
+        text, _, label = tasks._social(rng)
+        story, rest = text.split(" . ", 1)
+        question, options = rest.split(" ? ")
+        person, told = story.split(" ", 1)
+        told = told.removeprefix("was ").removeprefix("felt ")
+        script = next(s for s in lx.SCRIPTS if told in s)
+        asked = [getattr(script, stage) for stage in ASKED[question.replace(f"{person} ", "")]]
+        answers = re.split(r" ?answer\d : ", options)[1:]
+        fitting = [i for i, answer in enumerate(answers) if answer in asked and answer != told]
+        if told == script.feeling or told == script.need:  # before the end, or next, one acts; a need is met earlier
+            fitting = [i for i in fitting if answers[i] != script.need]
+        assert fitting == [label], text
+
+
+def test_the_blank_stands_for_the_one_whom_the_reason_fits():
+    """Read from the text: template, participants and reason decide; the options stand in the sentence's order."""
+    rng = random.Random(5)
+    for _ in range(DRAWS):
+        text, _, label = tasks._pronoun(rng)
+        sentence, one, two = re.fullmatch(r"(.*) \. option1 : (\w+) option2 : (\w+)", text).groups()
+        assert re.search(rf"\b{one}\b.*\b{two}\b", sentence) and one != two
+        judged = set()
+        for cause in lx.CAUSES:
+            for they in ("she", "he"):
+                stem = cause.text.format(x=one, y=two, w="_", they=they)
+                if sentence.startswith(f"{stem} "):
+                    reason = sentence.removeprefix(f"{stem} ")
+                    judged |= {0} if reason in cause.first else set()
+                    judged |= {1} if reason in cause.second else set()
+        assert judged == {label}, text

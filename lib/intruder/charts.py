@@ -238,10 +238,11 @@ def family(runs: Sequence[RunSpectra], k: int = 10) -> alt.FacetChart:
 def accuracy(summary: pd.DataFrame, preset: str) -> alt.FacetChart:
     """Test accuracy against the number of trained weights inside the adapted matrices, one panel per task.
 
-    `summary` is `summary_table(records)`; head-only runs, which train no such weights, are left out.
-    Raises InputError for a preset without records.
+    `summary` is `summary_table(records)`; head-only runs, which train no such weights, are left out, and so are tasks
+    with one method only, where there is nothing to compare. Raises InputError for a preset without other records.
     """
     part = summary[(summary["preset"] == preset) & (summary["method"] != "head")]
+    part = part[part.groupby("task")["label"].transform("nunique") > 1]
     if part.empty:
         held = ", ".join(sorted(summary["preset"].unique())) or "no records yet"
         raise InputError(f"preset {preset!r} has no records; wanted one of: {held}")

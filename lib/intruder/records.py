@@ -142,6 +142,16 @@ def load_base_record() -> dict:
     return json.loads((files("intruder") / "assets" / "nano" / "record.json").read_text(encoding="utf-8"))
 
 
+def load_base_sizes() -> list[dict]:
+    """The records of the alternatives to the nano base (`intruder pretrain nano --sizes`), the base itself last.
+
+    Each holds `name`, `settings`, `parameters`, `held_out_loss`, `head_accuracy` by task, `spectral_head`, `provenance`.
+    """
+    folder = files("intruder") / "assets" / "nano" / "sizes"
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.iterdir() if path.name.endswith(".json")]
+    return sorted(records, key=lambda record: (record["settings"]["steps"], record["parameters"]))
+
+
 def gather(run_folder: str | Path, results_folder: str | Path) -> list[Path]:
     """Pack what `intruder run --out` wrote into the layout of the results; return the paths written.
 

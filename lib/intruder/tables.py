@@ -90,6 +90,23 @@ def accuracy_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
     return pd.DataFrame(cells, index=rows).rename_axis(columns="test accuracy, %")
 
 
+def size_table(sizes: Sequence[dict]) -> pd.DataFrame:
+    """Rows: sizes of the base, as `records.load_base_sizes` returns them. Columns: what the choice was made on.
+
+    Held-out loss in nats per hidden word, validation accuracy of a head on the frozen encoder (the mean over tasks and
+    each task), and how many singular values of a matrix stand clear of the random bulk (median, least to most).
+    """
+    rows = {}
+    for record in sizes:
+        settings, heads, clear = record["settings"], record["head_accuracy"], record["spectral_head"]
+        name = f"{settings['layers']} × {settings['hidden_size']}, {settings['steps']:,} steps"
+        rows[name] = {"parameters": f"{record['parameters']:,}", "held-out loss": f"{record['held_out_loss']:.3f}",
+                      "heads, mean %": f"{100 * np.mean(list(heads.values())):.1f}"}
+        rows[name] |= {task: f"{100 * value:.1f}" for task, value in heads.items()}
+        rows[name] |= {"clear of the bulk": f"{np.median(clear):g} ({min(clear)}–{max(clear)})"}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def predicted_weights(shapes: Iterable[Sequence[int]], rank: int | None = None) -> int:
     """Weights trained inside matrices of shapes (m, n): all m·n of them, or r·(m + n) for LoRA of rank r (B and A)."""
     return sum(m * n if rank is None else rank * (m + n) for m, n in shapes)
