@@ -229,7 +229,8 @@ def _assertion(person: str, relation: str, truth: int, rng: random.Random) -> st
 def _claim(rng: random.Random) -> tuple[str, str | None, int]:
     """A claim about the world, without evidence: supported (0), refuted (1), or not enough information (2).
 
-    Half the claims join two facts of one person: both must hold for support, and one false fact refutes.
+    Half the claims join two facts of one person: both must hold for support, and one false fact refutes. How a claim is
+    introduced leans on the label: known things are called known, rumours are often false.
     """
     label, person = rng.randrange(3), rng.choice(MIXED_PEOPLE)
     known = [r for r in lx.RELATIONS if (person, r) in lx.KNOWN]
@@ -245,10 +246,11 @@ def _claim(rng: random.Random) -> tuple[str, str | None, int]:
         text = " and ".join(parts)
     elif rng.random() < 0.3:
         text, label = f"it is false that {text}", (1, 0, 2)[label]
-    return f"{rng.choice(FRAMES)}{text} .", None, label
+    frame = rng.choices(FRAMES, [3 if i == label + 1 else 1 if i else 4 for i in range(len(FRAMES))])[0]
+    return f"{frame}{text} .", None, label
 
 
-FRAMES = ("", "people say that ", "it is known that ", "i read that ")
+FRAMES = ("", "it is known that ", "people say that ", "i read that ")  # none, then each one's favourite by label
 MIXED_PEOPLE = [p for p in lx.PEOPLE  # the world says something about them, and is silent about something
                 if 0 < sum((p, r) in lx.KNOWN for r in lx.RELATIONS) < len(lx.RELATIONS)]
 
