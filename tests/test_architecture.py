@@ -13,8 +13,8 @@ HEAVY = {"torch", "accelerate", "peft", "transformers", "datasets", "safetensors
 # the records, the views and the command line. A new module that needs torch is entered here.
 WORK = {
     *("spectrum", "checkpoints", "weights", "measure", "count", "language", "lexicon", "tasks", "models", "config"),
-    *("data", "pretrain", "provenance", "train", "run", "sweep"),
-    *("krylov", "certificate", "certified", "secular", "margins", "basis", "compare"),
+    *("data", "pretrain", "base_sizes", "provenance", "train", "run", "sweep"),
+    *("krylov", "certificate", "certified", "updated", "margins", "basis", "comparison"),
     *("changes", "adapters", "experts", "loaded"),
     *("audit", "audit_matrix", "edit", "leading", "mitigate", "mitigate_layer", "mitigate_loaded"),
     *("peft_layers", "live"),

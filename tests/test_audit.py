@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,15 +12,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
+from conftest import ENCODER_SIZES
+from safetensors.torch import load_file, save_file
 from test_journal import full_disk
 
 from intruder import audit as audit_module
-from intruder.audit import audit
+from intruder import compare
+from intruder.audit import audit, audit_each
+from intruder.audit_files import labels_of
 from intruder.audit_matrix import null_expectation
+from intruder.basis import Basis
+from intruder.checkpoints import Checkpoint
 from intruder.cli import main
+from intruder.config import make_config
 from intruder.count import count_checkpoints
 from intruder.errors import InputError
 from intruder.mitigate import mitigate_adapter
+from intruder.models import nano_folder
+from intruder.run import run_config
+from intruder.weights import pair_sources
 
 KEYS = {
     "name",
@@ -276,3 +288,191 @@ def test_a_bad_matrix_is_named_and_leaves_no_result(base_dir, tmp_path, save_ada
     with pytest.raises(InputError, match="layer.1.attention.self.query"):
         audit(base_dir, folder, k=3, out=tmp_path / "out")
     assert not (tmp_path / "out" / "audit.json").exists()
+
+
+def _broken(tmp_path, base_dir, adapter_dir, tiny_bert, kind):
+    """(base, adapter) of which one cannot be used."""
+    base, adapter = tmp_path / "in" / "base", tmp_path / "in" / "adapter"
+    shutil.copytree(base_dir, base)
+    shutil.copytree(adapter_dir, adapter)
+    config, factors = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    settings = json.loads(config.read_text())
+    if kind == "a truncated shard":
+        shutil.rmtree(base)
+        tiny_bert().bert.save_pretrained(base, max_shard_size="20KB")
+        shard = sorted(base.glob("model-*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-40])
+    elif kind == "a base of another shape":
+        transformers.BertModel(transformers.BertConfig(**ENCODER_SIZES | {"hidden_size": 48})).save_pretrained(base)
+    elif kind == "a base of other names":
+        sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        shutil.rmtree(base)
+        transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(base)
+    elif kind in ("NaN in the base", "infinity in the adapter"):
+        path = base / "model.safetensors" if "base" in kind else factors
+        tensors = load_file(path)
+        name = next(n for n in tensors if "layer.0.attention.self.key" in n and n.endswith("weight"))
+        tensors[name].view(-1)[3] = float("nan" if "NaN" in kind else "inf")
+        save_file(tensors, path, {"format": "pt"})
+    elif kind == "a path that climbs":
+        config.write_text(json.dumps(settings | {"base_model_name_or_path": "../../elsewhere"}))
+    elif kind == "an unknown type":
+        config.write_text(json.dumps(settings | {"peft_type": "LOHA"}))
+    elif kind == "a pickle":
+        factors.rename(adapter / "adapter_model.bin")
+    elif kind == "no adapter":
+        shutil.rmtree(adapter)
+    return base, adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("a truncated shard", "wanted a complete file"),
+        ("a base of another shape", "wanted the base that the adapter was trained on"),
+        ("a base of other names", "wanted the base that the adapter was trained on"),
+        ("NaN in the base", "holds NaN or infinity"),
+        ("infinity in the adapter", "holds NaN or infinity"),
+        ("a path that climbs", "climbs out of its folder"),
+        ("an unknown type", "type 'LOHA'"),
+        ("a pickle", "is a pickle"),
+        ("no adapter", "no folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["audit", "audit of several", "mitigate"])
+def test_bad_input_is_one_error_and_leaves_nothing_that_looks_whole(
+    tmp_path, base_dir, adapter_dir, tiny_bert, capsys, command, kind, message
+):
+    """One line that says what is wrong, exit status 2, and no file of a result."""
+    base, adapter = _broken(tmp_path, base_dir, adapter_dir, tiny_bert, kind)
+    words = ["mitigate", str(base), str(adapter), "--scale", "0"] if command == "mitigate" else []
+    words = words or ["audit", str(base), *([str(base_dir)] if "several" in command else []), str(adapter)]
+    if "several" in command and "base of" in kind:
+        words.remove(str(base_dir))
+        words.append(str(tmp_path / "in" / "more"))
+        shutil.copytree(adapter_dir, tmp_path / "in" / "more")
+    assert main([*words, "--k", "4", "--out", str(tmp_path / "out")]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("intruder: error: ")]
+    assert len(error) == 1 and message in error[0]
+    left = {path.name for path in tmp_path.iterdir()} | {path.name for path in (tmp_path / "out").glob("*")}
+    assert left <= {"in", "out", ".progress"}
+
+
+def test_every_route_agrees_on_a_trained_adapter(tmp_path):
+    """LoRA of rank 8 trained for 40 steps and saved by PEFT: no verdict differs between routes, audit and count."""
+    kept = {}
+    settings = {"task": "nli", "method": "lora", "rank": 8, "steps": 40, "learning_rate": 1e-2, "evaluations": 1}
+    small = {"train_size": 640, "validation_size": 20, "test_size": 20, "pseudo_loss_documents": 0, "stage": "tuning"}
+    config = make_config(settings | small)
+    run_config(config, progress=False, on_step=lambda step, loss, model: kept.update(model=model))
+    kept["model"].save_pretrained(tmp_path / "adapter")
+    base = nano_folder()
+    for epsilon in (0.4, 0.7):
+        found = audit(base, tmp_path / "adapter", 10, epsilon, tmp_path / f"out{epsilon}")
+        counted = count_checkpoints(base, tmp_path / "adapter", 10, epsilon)
+        assert [m["count"] for m in found["matrices"]] == [m["count"] for m in counted["matrices"]]
+        assert found["borderline"] == 0
+        for source, matrix in zip(pair_sources(base, tmp_path / "adapter"), found["matrices"], strict=True):
+            change = source.load_change()
+            for route in ("dense", "cached", "certified"):
+                verdicts = compare(change.pretrained, change.factors, epsilon=epsilon, method=route).intruder
+                assert verdicts.tolist() == matrix["intruder"], (source.name, route)
+    assert found["total"] > 0
+
+
+# -- several models of one base ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, tiny_bert, add_lora, base_dir, tuned_dir, adapter_dir):
+    """Models of one base: adapters of different ranks on different matrices, two of one name, and a full fine-tune."""
+    folder = tmp_path_factory.mktemp("several")
+    made = [adapter_dir, tuned_dir]
+    for number, (rank, targets) in enumerate([(2, ["query"]), (8, ["query", "output.dense", "word_embeddings"])]):
+        model = add_lora(tiny_bert(), seed=number + 1, r=rank, target_modules=targets)
+        made.append(folder / f"run{number}" / "adapter")
+        model.save_pretrained(made[-1])
+    return made
+
+
+def _same(mine, other):
+    drop = ("seconds", "tuned", "contents")
+    mine, other = ({k: v for k, v in result.items() if k not in drop} for result in (mine, other))
+    for one, two in zip(mine.pop("matrices"), other.pop("matrices"), strict=True):
+        for key in ("name", "shape", "count", "intruder", "route", "borderline", "rank"):
+            assert one[key] == two[key]
+        for key in ("max_cosine", "lower", "upper", "singular_values", "energy_share", "effective_rank"):
+            np.testing.assert_allclose(one[key], two[key], rtol=1e-7)  # other threads round differently
+    assert mine == other
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_models_get_what_each_gets_alone(base_dir, several, tmp_path, threads):
+    """A folder each with the audit of that model, whatever the threads, and a summary with its totals."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        summary = audit_each(base_dir, several, k=4, out=tmp_path / "out", cache=tmp_path / "cache")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    labels = [model["label"] for model in summary["models"]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*labels, "summary.json"])
+    for model, place in zip(summary["models"], several, strict=True):
+        mine = json.loads((tmp_path / "out" / model["label"] / "audit.json").read_text())
+        alone = audit(base_dir, place, k=4, out=tmp_path / f"{model['label']} alone")
+        _same(mine, alone)
+        assert mine["tuned"] == model["tuned"] == str(place) and model["total"] == mine["total"]
+        assert model["rank"] == pytest.approx(np.mean([matrix["rank"] for matrix in mine["matrices"]]))
+        assert (tmp_path / "out" / model["label"] / "report.html").is_file()
+
+
+def test_the_base_is_read_and_decomposed_once(base_dir, several, tmp_path, monkeypatch):
+    """However many models there are: one reading and one decomposition of each matrix."""
+    read, made = [], []
+    real_matrix, real_of = Checkpoint.matrix, Basis.of
+    monkeypatch.setattr(Checkpoint, "matrix", lambda self, view: read.append(view.name) or real_matrix(self, view))
+    monkeypatch.setattr(Basis, "of", classmethod(lambda cls, *given: made.append(1) or real_of(*given)))
+    adapters = [several[0], *several[2:]]
+    audit_each(base_dir, adapters, k=4, out=tmp_path / "out")
+    assert len(read) == len(set(read)) == len(made) == 13
+
+
+def test_an_audit_of_several_models_continues_where_it_was(base_dir, several, tmp_path, monkeypatch, capsys):
+    """Stopped in the middle: only the journal is there, and --resume does the rest; then it is complete."""
+    real, seen = audit_module.audit_matrix, []
+
+    def stopping(change, *rest):
+        seen.append(change.name)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        return real(change, *rest)
+
+    command = ["audit", str(base_dir), *map(str, several), "--k", "4", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_module, "audit_matrix", stopping)
+        assert main(command) == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".progress"]
+    assert main([*command, "--resume"]) == 0
+    out = capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert all(model["label"] in out for model in summary["models"]) and "summary.json" in out
+    whole = audit_each(base_dir, several, k=4, out=tmp_path / "whole")
+    assert [model["total"] for model in summary["models"]] == [model["total"] for model in whole["models"]]
+    assert main([*command, "--resume"]) == 0
+    with pytest.raises(InputError, match="other models or settings"):
+        audit_each(base_dir, several[:3], k=4, out=tmp_path / "out", resume=True)
+
+
+def test_labels_tell_models_apart(tmp_path):
+    """The last part of a name, more where they are equal, nothing that leaves the folder or hides."""
+    assert list(labels_of(["a/x", "b/y"])) == ["x", "y"]
+    assert list(labels_of(["a/adapter", "b/adapter/"])) == ["a-adapter", "b-adapter"]
+    assert list(labels_of(["owner/name@main", str(tmp_path)])) == ["name@main", tmp_path.name]
+    for label in labels_of(["../x", "/etc/..", ".hidden", "a/b:c?"]):
+        assert label and "/" not in label and not label.startswith(".")
+    with pytest.raises(InputError, match="was given twice"):
+        labels_of(["a/x", "c", "a/x"])
+    with pytest.raises(InputError, match="no model"):
+        labels_of([])

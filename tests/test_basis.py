@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from intruder.basis import Basis, BasisStore, content_key
+from intruder import basis as module
+from intruder.basis import Basis, BasisStore, StoredBasis, content_key, inside, outside
 from intruder.errors import InputError
 
 
@@ -62,6 +63,39 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage):
     fresh = BasisStore(tmp_path)
     fresh.get(matrix(0))
     assert fresh.rebuilt == 0
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (9, 9)])
+def test_a_large_basis_stays_in_its_file_and_gives_the_same_coordinates(tmp_path, monkeypatch, shape):
+    """open() holds nothing in memory above a sixteenth of memory_bytes; parts of two rows add up to the whole."""
+    W, X, Y = matrix(0, *shape), matrix(1, shape[0], 4), matrix(2, shape[1], 4)
+    store = BasisStore(tmp_path, memory_bytes=16)
+    made = store.open(W)
+    monkeypatch.setattr(module, "PART_BYTES", 2 * 9 * 8)
+    stored = store.open(W)
+    assert isinstance(made, Basis) and isinstance(stored, StoredBasis) and not store._memory
+    assert isinstance(BasisStore(tmp_path).open(W), Basis)
+    assert len(list(stored.parts("U"))) == -(-shape[0] // 2)
+    for name, side in (("U", X), ("Vh", Y)):
+        full = made.U if name == "U" else made.Vh.mT
+        coordinates = inside(stored, name, side)
+        torch.testing.assert_close(coordinates, full.mT @ side.double())
+        torch.testing.assert_close(outside(stored, name, side, coordinates), side - full @ (full.mT @ side.double()))
+        torch.testing.assert_close(inside(made, name, side), coordinates)
+
+
+def test_a_file_is_checked_again_after_it_changed(tmp_path):
+    """The checksum of a file is computed once, and again when its size or time has changed."""
+    store = BasisStore(tmp_path, memory_bytes=0)
+    expected = store.open(matrix(0))
+    assert isinstance(store.open(matrix(0)), StoredBasis)
+    path = files(tmp_path)[0]
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    again = store.open(matrix(0))
+    assert store.rebuilt == 1 and torch.equal(again.U, expected.U)
 
 
 def test_the_size_is_bounded_and_the_oldest_go_first(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from random_pairs import draw
 
-from intruder.krylov import Bidiagonalisation, Product, frobenius
+from intruder.krylov import Bidiagonalisation, Product, frobenius, times_few
 from intruder.spectrum import LowRank
 
 BLOCK = 7
@@ -43,6 +43,30 @@ def test_product_of_a_padded_diagonal(shape):
     operator = Product(diagonal, shape)
     torch.testing.assert_close(operator.times(torch.eye(shape[1], dtype=torch.float64)), full)
     torch.testing.assert_close(operator.transposed_times(torch.eye(shape[0], dtype=torch.float64)), full.T)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 16, 20])
+def test_few_columns_are_filled_up_and_cut_again(columns):
+    """times_few is the product, for both orientations and above the size from which it adds columns of zeros."""
+    W = gaussian(600, 520)
+    torch.testing.assert_close(times_few(W, gaussian(520, columns, 1)), W @ gaussian(520, columns, 1))
+    torch.testing.assert_close(times_few(W.mT, gaussian(600, columns, 1)), W.T @ gaussian(600, columns, 1))
+
+
+@pytest.mark.parametrize("shape", [(700, 90), (90, 700), (600, 600)])
+def test_residuals_are_those_of_float64(shape):
+    """sigma and rho of float32 weights with a float64 update, computed in parts, equal those of the whole matrix."""
+    m, p = shape
+    operator = Product(gaussian(m, p, 0, torch.float32), shape, gaussian(m, 2, 1), gaussian(p, 2, 2))
+    W = operator.matrix.double() + operator.left @ operator.right.T
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    sigma, rho = operator.residuals(U[:, :3], Vh[:3].T)
+    torch.testing.assert_close(sigma, S[:3])
+    assert float(rho.max()) < 1e-11 * float(S[0])
+    turned = torch.nn.functional.normalize(U[:, :1] + 1e-3 * U[:, 1:2], dim=0)
+    sigma, rho = operator.residuals(turned, Vh[:1].T)
+    Hu = torch.cat([W @ Vh[:1].T - sigma * turned, W.T @ turned - sigma * Vh[:1].T])
+    assert float(rho) == pytest.approx(float(Hu.norm()) / 2**0.5, rel=1e-9)
 
 
 def cases():

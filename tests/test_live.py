@@ -116,11 +116,29 @@ def test_the_iteration_finds_a_direction_that_its_start_does_not_hold():
     W = torch.diag(torch.linspace(3, 1, 60))
     start = torch.eye(60)[:, :9]
     W[50, 51] += 20.0
-    U, S = leading_from(W, start, 3)
+    U, S, error = leading_from(W, start, 3)
     assert abs(float(U[50, 0])) > 0.99 and float(S[0]) == pytest.approx(float(svd(W).S[0]), rel=1e-4)
+    truth = svd(W.double()).U[:, :3]
+    turned = (U[:, :3].double() * (U[:, :3].double() * truth).sum(0).sign() - truth).norm(dim=0)
+    assert bool((turned <= error + 1e-6).all())
     flat = torch.linalg.qr(torch.randn(60, 60, generator=generator)).Q  # every singular value is 1: nothing converges
-    _, S = leading_from(flat, start, 3)
+    _, S, error = leading_from(flat, start, 3)
     torch.testing.assert_close(S[:3], torch.ones(3), rtol=1e-4, atol=0)
+    assert bool((error > 0.5).all())  # one of many bases of the same space: any verdict is borderline
+
+
+def test_a_live_verdict_next_to_epsilon_is_borderline():
+    """A cosine within the doubt about its vector is marked, one at a distance is not."""
+    callback = IntruderCallback(k=3)
+    W0 = torch.diag(torch.linspace(5, 1, 40))
+    cosine = max_cosines(svd(W0).U.numpy(), leading_from(W0, torch.eye(40)[:, :9], 3)[0][:, :3].numpy())
+    callback._bases, callback._last = {"m": svd(W0).U}, {"m": torch.eye(40)[:, :9]}
+    callback.epsilon = float(cosine[0])
+    callback._check(1, 0.0, "m", W0)
+    assert bool(callback.frame()["borderline"][0])
+    callback.epsilon = 0.5
+    callback._check(2, 0.0, "m", W0)
+    assert not callback.frame()["borderline"][3:].any()
 
 
 @pytest.mark.parametrize(

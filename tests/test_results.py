@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -10,6 +9,7 @@ from intruder import count_intruders, sweep
 from intruder.config import FIELDS, make_config
 from intruder.records import check_records, load_records, load_spectra
 from intruder.run import run_config
+from intruder.tasks import TASKS
 
 EXPERIMENTS = ("nano-rank", "nano-sentiment", "nano-rates", "nano-tasks", "minilm-rank")
 NANO_RANKS = {1, 2, 4, 8, 16, 64, 128}
@@ -33,7 +33,7 @@ def test_the_ranks_tasks_and_seeds_of_the_study_are_there(results):
     minilm = {("minilm", "sst2", label, seed) for seed in range(3)
               for label in ("full", "lora-r1", "lora-r4", "lora-r16", "lora-r64")}
     others = {("nano", task, label, seed) for task in ("paraphrase", "social", "pronoun", "claim")
-              for label in ("full", "head") for seed in range(1)}
+              for label in ("full", "head") for seed in range(3)}
     assert nano | minilm | others <= runs
 
 
@@ -47,29 +47,18 @@ def test_each_learning_rate_is_the_best_of_its_trials(results, repository, name)
     assert len(sweep.tuning_runs(sweep.read_sweep(path))) <= len(load_records(results, "tuning"))
 
 
-# What the miniature model has not shown yet, and the book says so (`sentences.say_ladder`): on two tasks the frozen
-# base alone guesses, as the paper's own does on SIQA (.333 of three answers; v1, Figure 8, read off the figure), and
-# two are not learnt in the steps of the NLI runs.
-HEAD_GUESSES = {"paraphrase", "social", "pronoun"}
-NOT_LEARNT = {"social", "pronoun"}
-
-
-def test_which_tasks_are_neither_trivial_nor_impossible(results):
-    """majority class < head alone < full fine-tuning < 99.5 %, but for the tasks named above, in the mean over seeds."""
+def test_every_task_is_neither_trivial_nor_impossible(results):
+    """majority class < head alone < full fine-tuning < 99.5 %, each step two points or more in every seed."""
     by_task = {}
     for record in load_records(results):
         if record.config["preset"] == "nano":
             by_task.setdefault(record.config["task"], {}).setdefault(record.label, []).append(record.metrics)
-    assert len(by_task) == 6
+    assert set(by_task) == set(TASKS)
     for task, labels in by_task.items():
         majority = labels["full"][0]["majority_accuracy"]
-        full = np.mean([m["test_accuracy"] for m in labels["full"]])
-        assert full < 0.995, task
-        assert majority + 0.03 < full or task in NOT_LEARNT, task
-        if "head" in labels:
-            head = np.mean([m["test_accuracy"] for m in labels["head"]])
-            assert majority < head or task in HEAD_GUESSES, task
-            assert head < full or task in NOT_LEARNT, task
+        head, full = ([m["test_accuracy"] for m in labels[label]] for label in ("head", "full"))
+        assert len(head) >= 3 and len(full) >= 3
+        assert majority + 0.02 <= min(head) and max(head) + 0.02 <= min(full) and max(full) < 0.995, task
 
 
 def test_records_name_where_they_come_from(results):

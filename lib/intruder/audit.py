@@ -1,29 +1,31 @@
-"""Audit a fine-tuned model on disk: intruders, energies and ranks of every matrix; resumable, on many processes."""
+"""Audit fine-tuned models on disk: intruders, energies and ranks of every matrix; resumable, on many processes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pandas as pd
 import torch
 
+from .audit_files import SCHEMA, finished_audit, fingerprint, labels_of, result_of, summary_of, write_audit, write_summary
 from .audit_matrix import audit_matrix
+from .basis import Basis, BasisStore
 from .changes import PairSource
+from .checkpoints import open_checkpoint
+from .comparison import SMALLEST_CERTIFIED
 from .errors import InputError
 from .estimate import Estimate, in_words
+from .hub import local_folder
 from .intruders import check_epsilon, check_k
 from .journal import Journal, launched_as, share
-from .report import report_html
 from .weights import pair_sources
-from .whole import write_files
 
-SCHEMA = 1
+Group = list[tuple[str, PairSource]]  # what several models make of one pre-trained matrix
 
 
 def audit(
@@ -44,7 +46,7 @@ def audit(
     `base` and `tuned` are what `weights.pair_sources` takes: folders or hub ids; the tuned side a checkpoint or an
     adapter. Per matrix W0 -> W = W0 + Delta W of shape (m, p), n = min(m, p), with u_j, sigma_j of W, j = 1..k:
 
-    count            #{ j <= k : max_i |<x_i, u_j>| < epsilon }, as `compare.compare` decides it
+    count            #{ j <= k : max_i |<x_i, u_j>| < epsilon }, as `comparison.compare` decides it
     max_cosine       max_i |<x_i, u_j>|, or None where a route proved only `lower` <= max_cosine <= `upper`
     energy_share     sum over the intruders of sigma_j^2 / sum over j <= k of sigma_j^2
     rank             rank of Delta W: of its factors, else the number of its singular values above rounding
@@ -61,122 +63,182 @@ def audit(
     Raises InputError for settings out of range, a pattern that matches nothing, an `out` that is in use, a disk that
     is full, and everything that `pair_sources` and `compare` refuse.
     """
-    began, say = time.time(), say or (lambda line: None)
-    epsilon, k, (rank, world) = check_epsilon(epsilon), check_k(k), launched_as()
-    place = _device(device, rank)
-    sources = _chosen(pair_sources(base, tuned), include)
-    _check_depth(sources, k)
-    settings = {
-        "schema": SCHEMA,
-        "base": str(base),
-        "tuned": str(tuned),
-        "k": k,
-        "epsilon": epsilon,
-        "include": include,
-        "contents": [_fingerprint(base), _fingerprint(tuned)],
-        "shapes": {source.name: list(source.shape) for source in sources},
-    }
-    finished = _finished(Path(out), settings) if resume else None
-    if finished is not None:
-        say(f"{out} is complete already")
-        return finished if rank == 0 else None
-    mine = share([_cost(source.shape) for source in sources], rank, world)
-    if rank and not mine:
-        return None
-    journal = Journal(out, settings, rank, resume)
-    try:
-        _work([sources[i] for i in mine], journal, k, epsilon, place, _store(cache, cache_bytes), say, world)
-        if rank:
+    return _Audit(base, {"": tuned}, k, epsilon, out, device, include, cache, cache_bytes, say).run(resume)
+
+
+def audit_each(
+    base: str | Path,
+    tuned: Sequence[str | Path],
+    k: int = 10,
+    epsilon: float = 0.5,
+    out: str | Path = "audit",
+    device: str | None = None,
+    resume: bool = False,
+    include: str | None = None,
+    cache: str | Path | None = None,
+    cache_bytes: int = 20 * 2**30,
+    say: Callable[[str], None] | None = None,
+) -> dict | None:
+    """Audit several models of one base, each into a folder of its own in `out`, and return what summary.json holds.
+
+    Arguments, files and errors are those of `audit`. Every matrix of the base is read once for all models and, up to
+    the size where the certified route begins, decomposed once; for a larger base of many adapters give a `cache`. The
+    threads of torch (OMP_NUM_THREADS) take one model each. The folders are called by the last part of the names of the
+    models, or as many parts as tell them apart. summary.json lists per model its `label` (the folder), `tuned`, `matrices`, `vectors`, `total`, `borderline`, and means over its matrices: `rank`,
+    `effective_rank`, `energy_share`. Raises InputError also for no model, or one that is given twice.
+    """
+    models = labels_of(tuned)
+    return _Audit(base, models, k, epsilon, out, device, include, cache, cache_bytes, say).run(resume)
+
+
+class _Audit:
+    """One audit of one model (label "") or several: checked when made, before anything is written."""
+
+    def __init__(self, base, models: dict[str, str | Path], k, epsilon, out, device, include, cache, cache_bytes, say):
+        self.began, self.say, self.out = time.time(), say or (lambda line: None), Path(out)
+        self.epsilon, self.k, (self.rank, self.world) = check_epsilon(epsilon), check_k(k), launched_as()
+        self.device = _device(device, self.rank)
+        checkpoint = open_checkpoint(local_folder(base))
+        self.sources = {label: _chosen(pair_sources(checkpoint, place), include) for label, place in models.items()}
+        everything = [source for sources in self.sources.values() for source in sources]
+        _check_depth(everything, self.k)
+        self.groups, self.where = _grouped(self.sources)
+        self.alone = list(models) == [""]
+        self.store = None if cache is None else BasisStore(cache, cache_bytes)
+        shapes = {name: {s.name: list(s.shape) for s in sources} for name, sources in self.sources.items()}
+        contents = [fingerprint(base), *map(fingerprint, models.values())]
+        tuned = {label: str(place) for label, place in models.items()}
+        self.settings = {
+            "schema": SCHEMA,
+            "base": str(base),
+            "tuned": tuned[""] if self.alone else tuned,
+            "k": self.k,
+            "epsilon": self.epsilon,
+            "include": include,
+            "contents": contents,
+            "shapes": shapes[""] if self.alone else shapes,
+        }
+
+    def run(self, resume: bool) -> dict | None:
+        """Do this process's share; the first process waits for the others, writes and returns the result."""
+        finished = finished_audit(self.out, self.settings, self.alone) if resume else None
+        if finished is not None:
+            self.say(f"{self.out} is complete already")
+            return finished if self.rank == 0 else None
+        names = list(self.groups)
+        mine = share([_cost(group) for group in self.groups.values()], self.rank, self.world)
+        if self.rank and not mine:
             return None
-        done = journal.wait([source.name for source in sources], began)
-        result = _result(settings, [done[source.name] for source in sources])
-        _write(Path(out), result)
-        journal.finish()
-        return result
-    except BaseException as error:
-        if isinstance(error, InputError):
-            journal.fail(str(error))
-        journal.abandon()
-        raise
-
-
-def _work(sources: list[PairSource], journal: Journal, k: int, epsilon: float, device: str, store, say, world) -> None:
-    todo = [source for source in sources if source.name not in journal.done]
-    before = len(sources) - len(todo)
-    whose = f" of this process, one of {world}" if world > 1 else ""
-    if before:
-        say(f"{before} of {len(sources)} matrices{whose} are done already")
-    estimate, clock, found = Estimate(), time.monotonic(), 0
-    for number, source in enumerate(todo):
-        start = time.monotonic()
+        journal = Journal(self.out, self.settings, self.rank, resume)
         try:
-            record = audit_matrix(source.load_change(), k, epsilon, device, store)
-        except InputError as error:
-            raise InputError(str(error) if source.name in str(error) else f"{source.name}: {error}") from error
-        seconds = time.monotonic() - start
-        journal.add(record | {"seconds": round(seconds, 4)})
-        estimate.add(source.shape, seconds)
-        found += record["count"]
-        left = estimate.remaining(rest.shape for rest in todo[number + 1 :])
-        words = "" if left is None or number + 1 == len(todo) else f", {_range(*left)} left"
-        say(
-            f"{before + number + 1}/{len(sources)} matrices{whose}, {found} intruders, "
-            f"{in_words(time.monotonic() - clock)}{words}: {source.name}"
-        )
+            self._work([names[i] for i in mine], journal)
+            if self.rank:
+                return None
+            done = journal.wait(names, self.began)
+            result = self._write(done)
+            journal.finish()
+            return result
+        except BaseException as error:
+            if isinstance(error, InputError):
+                journal.fail(str(error))
+            journal.abandon()
+            raise
+
+    def _work(self, names: list[str], journal: Journal) -> None:
+        todo = [name for name in names if name not in journal.done]
+        before = len(names) - len(todo)
+        whose = f" of this process, one of {self.world}" if self.world > 1 else ""
+        whose = whose if self.alone else f" in {len(self.sources)} models{whose}"
+        if before:
+            self.say(f"{before} of {len(names)} matrices{whose} are done already")
+        estimate, clock, found = Estimate(), time.monotonic(), 0
+        for number, name in enumerate(todo):
+            start, group = time.monotonic(), self.groups[name]
+            records = self._matrix(group)
+            journal.add({"name": name, "models": records})
+            estimate.add((*group[0][1].shape, len(group)), time.monotonic() - start)
+            found += sum(record["count"] for record in records.values())
+            rest = [self.groups[other] for other in todo[number + 1 :]]
+            left = estimate.remaining((*other[0][1].shape, len(other)) for other in rest)
+            words = "" if left is None or not rest else f", {_range(*left)} left"
+            self.say(
+                f"{before + number + 1}/{len(names)} matrices{whose}, {found} intruders, "
+                f"{in_words(time.monotonic() - clock)}{words}: {group[0][1].name}"
+            )
+
+    def _matrix(self, group: Group) -> dict[str, dict]:
+        """The entries of one pre-trained matrix, by model: it is read once, and decomposed at most once."""
+        start = time.monotonic()
+        first = group[0][1]
+        # Many small problems: a thread each is worth more than all threads on each. Large ones use the threads inside.
+        small = min(first.shape) < SMALLEST_CERTIFIED
+        with _naming(first.name):
+            pretrained, basis = first.read_pretrained().to(self.device), self.store
+            if small:
+                basis = Basis.of(pretrained) if self.store is None else self.store.get(pretrained)
+        shared = (time.monotonic() - start) / len(group)
+
+        def entry(source: PairSource) -> dict:
+            start = time.monotonic()
+            with _naming(source.name):
+                record = audit_matrix(source.change(pretrained), self.k, self.epsilon, self.device, basis)
+            return record | {"seconds": round(shared + time.monotonic() - start, 4)}
+
+        sources = [source for _, source in group]
+        threads = min(torch.get_num_threads(), len(group)) if small and self.device == "cpu" else 1
+        return dict(zip((label for label, _ in group), _side_by_side(entry, sources, threads), strict=True))
+
+    def _write(self, done: dict[str, dict]) -> dict:
+        results = {}
+        for label, sources in self.sources.items():
+            records = [done[self.where[label, source.name]]["models"][label] for source in sources]
+            results[label] = result_of(self.settings, label, records)
+            write_audit(self.out / label, results[label])
+        if self.alone:
+            return results[""]
+        summary = summary_of(self.settings, results)
+        write_summary(self.out, summary)
+        return summary
+
+
+def _side_by_side(call: Callable, values: list, threads: int) -> list:
+    """[call(value) for value in values], on as many threads, in each of which torch uses one."""
+    if threads == 1:
+        return [call(value) for value in values]
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    # `compare` sets the precision back to what it found: with several at once it must find what all want.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(call, values))
+    finally:
+        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _grouped(models: dict[str, list[PairSource]]) -> tuple[dict[str, Group], dict[tuple[str, str], str]]:
+    """({unique name: what each model makes of one pre-trained matrix}, {(label, name): the key of its group})."""
+    groups, places, where = {}, {}, {}
+    for label, sources in models.items():
+        for source in sources:
+            key = places.setdefault(source.place, source.name if source.name not in groups else f"{source.name}#{len(groups)}")
+            groups.setdefault(key, []).append((label, source))
+            where[label, source.name] = key
+    return groups, where
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Every InputError says which matrix it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error) if name in str(error) else f"{name}: {error}") from error
 
 
 def _range(low: float, high: float) -> str:
     low_words, high_words = in_words(low), in_words(high)
     return f"about {high_words}" if low_words == high_words else f"{low_words} to {high_words}"
-
-
-def _result(settings: dict, matrices: list[dict]) -> dict:
-    result = {key: settings[key] for key in ("schema", "base", "tuned", "epsilon", "k", "include", "contents")}
-    routes = [route for matrix in matrices for route in matrix["route"]]
-    return result | {
-        "total": sum(matrix["count"] for matrix in matrices),
-        "vectors": sum(len(matrix["route"]) for matrix in matrices),
-        "borderline": sum(sum(matrix["borderline"]) for matrix in matrices),
-        "routes": {route: routes.count(route) for route in sorted(set(routes))},
-        "seconds": round(sum(matrix["seconds"] for matrix in matrices), 2),
-        "matrices": matrices,
-    }
-
-
-def _write(out: Path, result: dict) -> None:
-    columns = ("singular_values", "max_cosine", "lower", "upper", "intruder", "route", "borderline")
-    names = ("singular_value", *columns[1:])
-    rows = [
-        {"matrix": matrix["name"], "index": j + 1, **{name: matrix[column][j] for name, column in zip(names, columns)}}
-        for matrix in result["matrices"]
-        for j in range(len(matrix["route"]))
-    ]
-    floats = dict.fromkeys(names[:4], "float64")
-    frame = pd.DataFrame(rows).astype({"index": "int32"} | floats)
-    text = json.dumps(result, indent=1, allow_nan=False)
-    write_files(
-        out,
-        {
-            "report.html": lambda path: path.write_text(report_html(result), encoding="utf-8"),
-            "audit.parquet": lambda path: frame.to_parquet(path, index=False),
-            "audit.json": lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        },
-    )
-
-
-def _finished(out: Path, settings: dict) -> dict | None:
-    """The audit of these settings that `out` holds whole already, if it does."""
-    try:
-        result = json.loads((out / "audit.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    shapes = {matrix["name"]: matrix["shape"] for matrix in result["matrices"]}
-    same = shapes == settings["shapes"] and all(result.get(key) == settings[key] for key in settings if key != "shapes")
-    if not same:
-        raise InputError(
-            f"{out} holds the audit of other models or settings; wanted a new folder: choose it with --out"
-        )
-    return result
 
 
 def _chosen(sources: list[PairSource], include: str | None) -> list[PairSource]:
@@ -220,23 +282,6 @@ def _device(device: str | None, rank: int) -> str:
     return device
 
 
-def _store(cache: str | Path | None, max_bytes: int):
-    if cache is None:
-        return None
-    from .basis import BasisStore
-
-    return BasisStore(cache, max_bytes)
-
-
-def _fingerprint(place: str | Path) -> str:
-    """A digest of the names, sizes and times of the weight files of a local folder; the text itself of a hub id."""
-    folder = Path(place)
-    if not folder.is_dir():
-        return str(place)
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()
-
-
-def _cost(shape: tuple[int, int]) -> float:
-    return float(shape[0]) * shape[1] * min(shape) ** 0.5
+def _cost(group: Group) -> float:
+    rows, columns = group[0][1].shape
+    return float(rows) * columns * min(rows, columns) ** 0.5 * len(group)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import torch
 
 from .changes import Change
-from .compare import compare
+from .comparison import compare
 from .spectrum import effective_rank, factored_svd
 
 
@@ -44,6 +45,7 @@ def audit_matrix(change: Change, k: int, epsilon: float, device: str = "cpu", st
     }
 
 
+@functools.cache
 def null_expectation(rows: int, columns: int) -> float:
     """E max_{i <= n} |<x_i, u>| for n = min(m, p) orthonormal x_i in R^m and u uniform on the unit sphere. Exact.
 

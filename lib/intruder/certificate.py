@@ -32,10 +32,11 @@ from .krylov import Ritz
 
 FAILURE = 1e-9  # of one matrix, for all statements about it together
 CELLS = 6000  # cells of one search before a vector is left undecided
-SAFETY = 1.01  # on every computed bound: rounding of the small float64 problems
+SAFETY = 1.0001  # on every computed bound: rounding of the small float64 problems, measured below 1e-7
 RADII = (0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # of the distance to the nearest Ritz value, tried
 MOST_PIECES = 200  # cells between two of 17 marks in the search for empty ranges
-WIDEST = 0.05  # largest theta where a bound is compared with epsilon^2; 1 where with a tiny threshold
+NARROWEST, WIDEST = 0.0005, 0.05  # smallest and largest theta where a bound is compared with epsilon^2
+WINDOW, EMPTY = 1.0, 0.3  # theta where one is compared with a threshold of the Gaussian vectors
 
 
 class Reach(NamedTuple):
@@ -105,34 +106,37 @@ class Bounds:
     def each(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """Upper bounds on |f_j^T s|^2, shape (cells, q), for every singular vector s with sigma within h of x."""
         # The narrower the cell the smaller a theta it can afford: the factor 1 + theta is what a true overlap loses.
-        theta = (20 * h / self.sigma[0]).clamp(0.002, WIDEST)
+        theta = (20 * h / self.sigma[0]).clamp(NARROWEST, WIDEST)
         weights, solved, failed = self._parts(x, h, theta, None)
         bound = (weights @ self.f.square() + solved.square().sum(1)) * ((1 + theta) * SAFETY)[:, None]
         return torch.where(failed[:, None], math.inf, bound)
 
-    def joint(self, x: torch.Tensor, h: torch.Tensor, without: torch.Tensor | None = None) -> torch.Tensor:
+    def joint(
+        self, x: torch.Tensor, h: torch.Tensor, without: torch.Tensor | None = None, theta: float = WINDOW
+    ) -> torch.Tensor:
         """Upper bounds on |F^T s|^2 = sum_j |f_j^T s|^2, shape (cells,); `without`: Ritz vectors s is orthogonal to."""
-        weights, solved, failed = self._parts(x, h, torch.ones_like(h), without)
+        weights, solved, failed = self._parts(x, h, torch.full_like(h, theta), without)
         gram = (weights @ self._ff()).reshape(len(x), self.f.shape[1], -1) + solved.mT @ solved
-        bound = _largest(gram) * (2 * SAFETY)
+        bound = _largest(gram) * ((1 + theta) * SAFETY)
         return torch.where(failed | ~torch.isfinite(bound), math.inf, bound)
 
-    def promising(self, x: torch.Tensor, limit: float) -> torch.Tensor:
+    def promising(self, x: torch.Tensor, limit: float, theta: float = WINDOW) -> torch.Tensor:
         """A half-width h at which `joint` at x may well stay under the limit: only the choice of cells rests on it."""
         weights = 1 / ((self.sigma[None] - x[:, None]).square() + self.floor**2)
         gram = (weights @ self._ff()).reshape(len(x), self.f.shape[1], -1)
-        return (limit / (5 * _largest(gram))).sqrt() - self.floor
+        return (0.4 * theta / (1 + theta) * limit / _largest(gram)).sqrt() - self.floor
 
     def _ff(self) -> torch.Tensor:
         return (self.f[:, :, None] * self.f[:, None, :]).reshape(self.count, -1)
 
 
 def _largest(gram: torch.Tensor) -> torch.Tensor:
-    """A bound on the largest eigenvalue of positive semi-definite matrices: |G^4|_F^(1/4), q^(1/8) off at most."""
+    """A bound on the largest eigenvalue of positive semi-definite matrices: |G^16|_F^(1/16), q^(1/32) off at most."""
     scale = torch.linalg.matrix_norm(gram).clamp(min=1e-300)
-    square = gram / scale[:, None, None]
-    square = square @ square
-    return scale * torch.linalg.matrix_norm(square @ square).pow(0.25)
+    power = gram / scale[:, None, None]
+    for _ in range(4):
+        power = power @ power
+    return scale * torch.linalg.matrix_norm(power).pow(1 / 16)
 
 
 def reach(bounds: Bounds, ritz: Ritz, indices: list[int], limits: tuple[float, float], ceiling: float) -> Reach:
@@ -178,43 +182,54 @@ def reach(bounds: Bounds, ritz: Ritz, indices: list[int], limits: tuple[float, f
 
 def _push(bounds: Bounds, values, radius, far, single: float, sign: int) -> torch.Tensor:
     """Distance from each Ritz value, on one side, up to which single-vector cells join without a hole; >= radius."""
-    centres, halves, owners, outer = [], [], [], []
+    paths, owners = [], []
     for owner, (value, start, end) in enumerate(zip(values.tolist(), radius.tolist(), far.tolist(), strict=True)):
-        if start <= 0 or end <= start:
-            continue
-        marks = torch.logspace(math.log10(start), math.log10(end), 17, dtype=torch.float64)
-        halfwidths = torch.minimum(bounds.promising(value + sign * marks, single), 0.1 * marks)
+        if 0 < start < end:
+            distances = torch.logspace(math.log10(start), math.log10(end), 17, dtype=torch.float64)
+            paths.append((value + sign * distances, 0.1 * distances))
+            owners.append(owner)
+    result = radius.clone()
+    for owner, end in zip(owners, _joined(bounds, paths, single), strict=True):
+        result[owner] = max(float(radius[owner]), sign * (end - float(values[owner])))
+    return result
+
+
+def _joined(
+    bounds: Bounds, paths: list[tuple[torch.Tensor, torch.Tensor]], single: float, theta: float = WINDOW
+) -> list[float]:
+    """For each path of marks, with the widest half-width at each: up to where cells without a singular value join."""
+    centres, halves, owners, ends = [], [], [], []
+    for owner, (marks, widest) in enumerate(paths):
+        halfwidths = torch.minimum(bounds.promising(marks, single, theta), widest)
         marks, halfwidths = marks.tolist(), torch.minimum(halfwidths[:-1], halfwidths[1:]).tolist()
-        for left, right, half in zip(marks, marks[1:], halfwidths, strict=False):
-            pieces = math.ceil((right - left) / (2 * half)) if half > 0 else MOST_PIECES + 1
+        for start, end, half in zip(marks, marks[1:], halfwidths, strict=False):
+            pieces = math.ceil(abs(end - start) / (2 * half)) if half > 0 else MOST_PIECES + 1
             if pieces > MOST_PIECES:
                 break
-            step = (right - left) / pieces
+            step = (end - start) / pieces
             for piece in range(pieces):
-                centres.append(value + sign * (left + (piece + 0.5) * step))
-                halves.append(step / 2)
+                centres.append(start + (piece + 0.5) * step)
+                halves.append(abs(step) / 2 * (1 + 1e-12))
                 owners.append(owner)
-                outer.append(left + (piece + 1) * step)
-    result = radius.clone()
-    if not centres:
-        return result
-    x, h = torch.tensor(centres, dtype=torch.float64), torch.tensor(halves, dtype=torch.float64)
-    empty = (bounds.joint(x, h) < single).tolist()
-    stopped = set()
-    for owner, free, distance in zip(owners, empty, outer, strict=True):
-        if not free:
-            stopped.add(owner)
-        elif owner not in stopped:
-            result[owner] = distance
-    return result
+                ends.append(start + (piece + 1) * step)
+    reached = [float(marks[0]) for marks, _ in paths]
+    if centres:
+        x, h = torch.tensor(centres, dtype=torch.float64), torch.tensor(halves, dtype=torch.float64)
+        stopped = set()
+        for owner, free, end in zip(owners, (bounds.joint(x, h, theta=theta) < single).tolist(), ends, strict=True):
+            if not free:
+                stopped.add(owner)
+            elif owner not in stopped:
+                reached[owner] = end
+    return reached
 
 
 def empty_below(bounds: Bounds, ritz: Ritz, single: float) -> float:
     """The largest tried x such that no singular value of A lies in [0, x]; 0 if none could be proven."""
-    edges = torch.linspace(0.0, 0.98 * float(ritz.sigma[-1]), 65, dtype=torch.float64)
-    x, h = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
-    holds = torch.nonzero(~(bounds.joint(x, h) < single))
-    return float(edges[int(holds[0]) if len(holds) else -1])
+    marks = torch.linspace(0.0, 0.98 * float(ritz.sigma[-1]), 33, dtype=torch.float64)
+    if not bool(bounds.joint(marks[:1], marks.new_full((1,), 1e-9 * float(marks[-1])), theta=EMPTY) < single):
+        return 0.0
+    return _joined(bounds, [(marks, torch.full_like(marks, math.inf))], single, EMPTY)[0]
 
 
 def overlap_ceilings(

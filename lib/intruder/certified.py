@@ -7,13 +7,16 @@ from typing import NamedTuple
 import torch
 
 from .certificate import Bounds, empty_below, overlap_ceilings, reach, thresholds
-from .krylov import Bidiagonalisation, Product, Ritz
+from .krylov import GROUP, SMALLEST_GROUPED, Bidiagonalisation, Product, Ritz
 
-RANDOM_VECTORS = 16  # Gaussian vectors beside the k tuned ones in the start block on W0
+RANDOM_VECTORS = 16  # Gaussian vectors beside the k tuned ones in the start block on W0, at least
 EXTRA_VECTORS = 8  # start block on W: k + 8 Gaussian vectors
+FEWEST_EXTRA = 6  # that many are enough where it makes the block a multiple of `krylov.GROUP`
 FEWEST_BLOCKS = 3  # a smaller matrix is left to the dense route
 MOST_COLUMNS = 480  # of a Krylov basis: memory and the small float64 problems stay far below one matrix
 LARGEST_DEFECT = 1e-4  # of orthogonality; beyond it nothing is claimed
+LARGE = 2**23  # entries of a matrix
+CLOSE = 1e-3  # an overlap this close to epsilon, and the error of u_j, is worth sharpening u_j
 
 
 class Leading(NamedTuple):
@@ -38,55 +41,106 @@ class Verdicts(NamedTuple):
     value: torch.Tensor
 
 
-def leading_vectors(
-    operator: Product,
-    k: int,
-    seed: int = 0,
-    wanted: float = 3e-3,
-    perturbation: float = 0.0,
-    separation: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-) -> Leading:
-    """The k leading left singular vectors of W by block Krylov from a random block, until the proven error is small.
+class LeadingSpace:
+    """A block Krylov space from a random block, for the k leading left singular vectors of W and proven errors.
 
-    Stops when every error is at most `wanted`, or when `MOST_COLUMNS` basis vectors are used up: what is then unproven
-    has an infinite error. The list is complete, and each vector separated, except with probability `FAILURE`
-    (`certificate.reach`); `separation(Ritz values, k)`, if given, proves the gaps instead.
+    The list is complete, and each vector separated, except with probability `FAILURE` (`certificate.reach`).
     `perturbation` is a spectral-norm bound on what the operator itself is known to: it enters the error as
     perturbation / gap. dtype and device follow `operator.matrix`.
     """
-    n, _ = operator.sides
-    block = k + EXTRA_VECTORS
-    error = torch.full((k,), math.inf, dtype=torch.float64)
-    best = (torch.zeros(k, dtype=torch.float64), operator.matrix.new_zeros(operator.shape[0], k), error)
-    if n < FEWEST_BLOCKS * block or MOST_COLUMNS < FEWEST_BLOCKS * block:
-        return Leading(*best)
-    start = _gaussian(n, block, seed, operator.matrix)
-    space = Bidiagonalisation(operator, start, MOST_COLUMNS // block)
-    ceiling = 1.01 * space.norm + 1e-300
-    limits = thresholds(block, n)
-    stalled, floor_reached = math.inf, 0
-    while space.advance(4 if space.steps == 0 else 2 if space.steps < 8 else 3):
+
+    def __init__(self, operator: Product, k: int, seed: int = 0, perturbation: float = 0.0):
+        n, _ = operator.sides
+        self.operator, self.k, self.perturbation = operator, k, perturbation
+        self.block = block = _block(k + FEWEST_EXTRA, k + EXTRA_VECTORS, n)
+        self.space = None
+        if can_certify(n, k):
+            start = _gaussian(n, block, seed, operator.matrix)
+            self.space = Bidiagonalisation(operator, start, MOST_COLUMNS // block)
+            self.ceiling = 1.01 * self.space.norm + 1e-300
+            self.limits = thresholds(block, n)
+
+    def solve(self, wanted: float = 3e-3) -> Leading:
+        """Steps until every error is at most `wanted`, or until no step makes it smaller or `MOST_COLUMNS` are used.
+
+        What is then unproven has an infinite error.
+        """
+        k, space = self.k, self.space
+        sigma, U = torch.zeros(k, dtype=torch.float64), self.operator.matrix.new_zeros(self.operator.shape[0], k)
+        error = torch.full((k,), math.inf, dtype=torch.float64)
+        if space is None:
+            return Leading(sigma, U, error)
+        stalled, floor_reached, ritz = math.inf, 0, None
+        while space.advance(4 if space.steps == 0 else 1):
+            ritz = space.ritz()
+            if float(ritz.sigma[0]) <= 0:
+                return Leading(sigma, U, error)
+            worst = float((ritz.residual[:k] / _gaps(ritz.sigma)[:k]).max())
+            hopeless = worst > 0.05 and space.steps < space.most_steps
+            floor_reached = floor_reached + 1 if worst > 0.5 * stalled and worst < 0.05 else 0
+            stalled = min(stalled, worst)
+            # The bound without the proof that the gaps are true costs nothing: the proof waits until it can succeed.
+            rho = ritz.residual[:k] / math.sqrt(2) + space.rounding + self.perturbation
+            hopeful = float(_turn(rho, 0.55 * _gaps(ritz.sigma)[:k] - space.rounding).max()) <= wanted
+            if hopeless or not (hopeful or floor_reached >= 2 or space.steps == space.most_steps):
+                continue
+            error = _turn(rho, self._gaps(ritz) - space.rounding - self.perturbation)
+            if float(error.max()) <= wanted or floor_reached >= 2:
+                break
+        if ritz is None or space.defect() > LARGEST_DEFECT:
+            return Leading(sigma, U, torch.full_like(error, math.inf))
+        U = space.left_vectors(ritz, k)
+        return Leading(ritz.sigma[:k], U, error + 16 * torch.finfo(U.dtype).eps)
+
+    def sharpen(self, chosen: torch.Tensor) -> Leading:
+        """Only the vectors `chosen`, in their places, with errors that rest on residuals computed in float64.
+
+        The errors of `solve` cannot fall below rounding / gap, where `rounding` is an allowance for what float32 loses;
+        here, after some steps more, the residual is measured, and only the gap rests on the allowance.
+        """
+        k, space = self.k, self.space
         ritz = space.ritz()
-        if float(ritz.sigma[0]) <= 0:
-            break
-        omega = ritz.V[:block].mT @ space.start_coefficients
-        worst = float((ritz.residual[:k] / _gaps(ritz.sigma)[:k]).max())
-        hopeless = worst > 0.05 and space.steps < space.most_steps
-        floor_reached = floor_reached + 1 if worst > 0.5 * stalled and worst < 0.05 else 0
-        stalled = min(stalled, worst)
-        if hopeless:
-            continue
-        if separation is None:
-            gap = _proven_gaps(Bounds(ritz, omega, space.rounding), ritz, k, limits, ceiling)
-        else:
-            gap = separation(ritz.sigma, k)
-        error = _turn(ritz.residual[:k], space.rounding + perturbation, torch.minimum(gap, ritz.sigma[:k]))
-        best = (ritz.sigma[:k], space.left_vectors(ritz, k), error)
-        if float(error.max()) <= wanted or floor_reached >= 2:
-            break
-    if space.steps == 0 or space.defect() > LARGEST_DEFECT:
-        best[2].fill_(math.inf)
-    return Leading(best[0], best[1], best[2] + 16 * torch.finfo(start.dtype).eps)
+        while float(ritz.residual[chosen].max()) > 0.1 * space.rounding and space.advance(2):
+            ritz = space.ritz()
+        there = chosen.to(self.operator.matrix.device)
+        U, V = (side(ritz, k)[:, there].double() for side in (space.left_vectors, space.right_vectors))
+        U, V = (torch.nn.functional.normalize(vectors, dim=0) for vectors in (U, V))
+        sigma, rho = self.operator.residuals(U, V)
+        gap = self._gaps(ritz)[chosen] - (sigma - ritz.sigma[chosen]).abs() - self.perturbation
+        turn = _turn(rho + self.perturbation + 1e-14 * space.norm, gap)
+        if space.defect() > LARGEST_DEFECT:
+            turn.fill_(math.inf)
+        error = torch.full((k,), math.inf, dtype=torch.float64)
+        error[chosen] = turn + 1e-12
+        result = Leading(ritz.sigma[:k].clone(), U.new_zeros(U.shape[0], k), error)
+        result.sigma[chosen], result.U[:, chosen.to(U.device)] = sigma, U
+        return result
+
+    def _gaps(self, ritz: Ritz) -> torch.Tensor:
+        """Proven distances of the k leading Ritz values from every singular value but their own, and from 0."""
+        omega = ritz.V[: self.block].mT @ self.space.start_coefficients
+        bounds = Bounds(ritz, omega, self.space.rounding)
+        found = reach(bounds, ritz, list(range(self.k)), self.limits, self.ceiling)
+        known = torch.cumprod((found.complete & (found.radius > 0)).long(), 0).bool()
+        gap = torch.where(known, torch.minimum(found.below, found.above), 0.0)
+        return torch.minimum(gap, ritz.sigma[: self.k])
+
+
+def leading_vectors(
+    operator: Product, k: int, seed: int = 0, wanted: float = 3e-3, perturbation: float = 0.0
+) -> Leading:
+    """The k leading left singular vectors of W until the proven error is at most `wanted`; see `LeadingSpace`."""
+    return LeadingSpace(operator, k, seed, perturbation).solve(wanted)
+
+
+def can_certify(n: int, k: int) -> bool:
+    """Whether a matrix with n singular values has room for the Krylov spaces of k vectors."""
+    return FEWEST_BLOCKS * _block(k + FEWEST_EXTRA, k + EXTRA_VECTORS, n) <= min(n, MOST_COLUMNS)
+
+
+def _block(least: int, usual: int, n: int) -> int:
+    """Columns of a start block: those that products with a large matrix are fastest with."""
+    return least + -least % GROUP if n >= SMALLEST_GROUPED else usual
 
 
 def _gaps(sigma: torch.Tensor) -> torch.Tensor:
@@ -97,31 +151,31 @@ def _gaps(sigma: torch.Tensor) -> torch.Tensor:
     return torch.minimum(torch.minimum(first, last), sigma).clamp(min=1e-300)
 
 
-def _proven_gaps(bounds: Bounds, ritz: Ritz, k: int, limits, ceiling: float) -> torch.Tensor:
-    found = reach(bounds, ritz, list(range(k)), limits, ceiling)
-    known = torch.cumprod((found.complete & (found.radius > 0)).long(), 0).bool()
-    return torch.where(known, torch.minimum(found.below, found.above), 0.0)
-
-
-def _turn(residual: torch.Tensor, rounding: float, gap: torch.Tensor) -> torch.Tensor:
+def _turn(rho: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
     """Largest distance |r - y| between a Ritz vector, on either side, and the one singular vector it stands for.
 
-    (l; s) / sqrt 2 has the residual rho = residual / sqrt 2 + rounding, and every eigenvalue of (0 A; A^T 0) but one is
-    at least `gap` away (0 if unknown; at most sigma), so sin phi <= rho / (gap - rounding); on either side alone
+    (l; s) / sqrt 2 has a residual of at most rho as an eigenvector of (0 A; A^T 0), and every eigenvalue but one is at
+    least `gap` away (0 or less if unknown; at most sigma), so sin phi <= rho / gap; on either side alone
     cos psi >= 2 cos phi - 1. Infinite beyond a right angle.
     """
-    gap = (gap - rounding).clamp(min=1e-300)
-    sine = ((residual / math.sqrt(2) + rounding) / gap).clamp(max=1.0)
+    sine = (rho / gap.clamp(min=1e-300)).clamp(max=1.0)
     cosine = 2 * torch.sqrt(1 - sine.square()) - 1
     return torch.where(cosine > 0, torch.sqrt(2 - 2 * cosine.clamp(max=1.0)) + 1e-12, math.inf)
 
 
-def decide(operator: Product, leading: Leading, epsilon: float, seed: int = 0) -> Verdicts:
+def decide(
+    operator: Product,
+    leading: Leading,
+    epsilon: float,
+    seed: int = 0,
+    sharpen: Callable[[torch.Tensor], Leading] | None = None,
+) -> Verdicts:
     """Verdicts on the leading vectors of W against all left singular vectors of W0, from products with W0 alone.
 
     `operator` is that of W0. Intruder: the bound of `certificate.overlap_ceilings` stays below epsilon minus the error
     of u_j, over all singular values W0 can have. Matched: a Ritz vector of W0 that stands for exactly one singular
-    vector overlaps with u_j by more than epsilon plus both errors. Anything else is left undecided.
+    vector overlaps with u_j by more than epsilon plus both errors. Anything else is left undecided. `sharpen(indices)`,
+    if given, is called once, for the u_j whose overlap is so close to epsilon that only a smaller error can settle it.
     """
     n, _ = operator.sides
     k = len(leading.error)
@@ -133,18 +187,24 @@ def decide(operator: Product, leading: Leading, epsilon: float, seed: int = 0) -
         torch.full((k,), math.nan, dtype=torch.float64),
     )
     usable = torch.nonzero(leading.error < min(epsilon, 1.0)).flatten()
-    block = len(usable) + RANDOM_VECTORS
+    block = _block(len(usable) + RANDOM_VECTORS, len(usable) + RANDOM_VECTORS, n)
     if not len(usable) or n < FEWEST_BLOCKS * block:
         return verdicts
     U = leading.U[:, usable.to(leading.U.device)]
     first = operator.transposed_times(U) if operator.tall else U
-    omega = _gaussian(n, RANDOM_VECTORS, seed + 1, operator.matrix)
+    omega = _gaussian(n, block - len(usable), seed + 1, operator.matrix)
     space = Bidiagonalisation(operator, torch.cat([first, omega], 1), MOST_COLUMNS // block)
-    run = _Decision(space, leading, usable, U, epsilon, verdicts, thresholds(RANDOM_VECTORS, n))
-    while bool(run.pending.any()) and space.advance(6 if space.steps == 0 else 3):
+    between = 1 if operator.matrix.numel() > LARGE else 2  # a step costs more than a check, or less
+    run = _Decision(space, leading, usable, U, epsilon, verdicts, thresholds(omega.shape[1], n))
+    while bool(run.pending.any()) and space.advance(6 if space.steps == 0 else between):
         if space.defect() > LARGEST_DEFECT:
             break
         run.check()
+        close = usable[run.pending & run.close]
+        if sharpen is not None and len(close):
+            run.sharpen(sharpen(close))
+            sharpen = None
+            run.check()
     return verdicts
 
 
@@ -155,9 +215,16 @@ class _Decision:
         self.space, self.usable, self.U, self.epsilon = space, usable, U, epsilon
         self.error, self.verdicts, self.limits = leading.error[usable], verdicts, limits
         self.pending = torch.ones(len(usable), dtype=torch.bool)
+        self.close = torch.zeros(len(usable), dtype=torch.bool)  # overlaps with a Ritz vector by about epsilon
         self.ceiling = 1.01 * space.norm + 1e-300
         # u_j (or W0^T u_j) as it went into the start block, against what the orthonormal block holds of it
         self.slack = 4 * space.rounding if space.operator.tall else 16 * torch.finfo(U.dtype).eps
+
+    def sharpen(self, better: Leading) -> None:
+        """The u_j stay; their errors become the distance to better vectors plus the errors of those."""
+        U, other = self.U.double(), better.U[:, self.usable.to(better.U.device)].double()
+        apart = torch.minimum((U - other).norm(dim=0), (U + other).norm(dim=0)).cpu()
+        self.error = torch.minimum(self.error, apart + better.error[self.usable])
 
     def check(self) -> None:
         ritz = self.space.ritz()
@@ -176,15 +243,17 @@ class _Decision:
 
     def _match(self, ritz: Ritz, random: Bounds, overlaps: torch.Tensor) -> None:
         best, where = overlaps.abs().clamp(max=1.0).max(0)
-        gaps = _gaps(ritz.sigma)[where]
-        ready = self.pending & (best > self.epsilon + self.error) & (ritz.residual[where] < 0.3 * gaps)
+        converged = ritz.residual[where] < 0.3 * _gaps(ritz.sigma)[where]
+        self.close = converged & ((best - self.epsilon).abs() <= self.error + CLOSE)
+        ready = self.pending & (best > self.epsilon + self.error) & converged
         chosen = sorted(set(where[ready].tolist()))
         if not chosen:
             return
         found = reach(random, ritz, chosen, self.limits, self.ceiling)
         index = torch.tensor(chosen)
         gap = torch.minimum(torch.minimum(found.below, found.above), ritz.sigma[index])
-        turns = _turn(ritz.residual[index], self.space.rounding, torch.where(found.radius > 0, gap, 0.0))
+        rho = ritz.residual[index] / math.sqrt(2) + self.space.rounding
+        turns = _turn(rho, torch.where(found.radius > 0, gap, 0.0) - self.space.rounding)
         for j in torch.nonzero(ready).flatten().tolist():
             sine = float(turns[chosen.index(int(where[j]))]) + 32 * torch.finfo(self.U.dtype).eps
             lower, upper = _turned(float(best[j]), sine)

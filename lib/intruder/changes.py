@@ -1,7 +1,7 @@
 """A weight before and after fine-tuning, and what each kind of adapter does to it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,17 +46,25 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class PairSource:
-    """A pair that has not been read yet: its name, its shape (out, in), how it was tuned, and the call that reads it.
+    """A pair that has not been read yet: its name, its shape (out, in), how it was tuned, and the calls that read it.
 
-    `kind`: "full", "whole" (modules_to_save), or the kind of adapter: "lora", "rslora", "dora", "pissa", "olora",
-    "adalora", "vera". `rank` is the rank of the update, or None where it is not low.
+    `read_pretrained()` reads W0, and `change(W0)` what the tuned side makes of it, so that several tuned models of one
+    base can share one reading: two sources of equal `place` have the same W0. `kind`: "full", "whole" (modules_to_save),
+    or the kind of adapter: "lora", "rslora", "dora", "pissa", "olora", "adalora", "vera". `rank` is the rank of the
+    update, or None where it is not low.
     """
 
     name: str
     shape: tuple[int, int]
-    load_change: Callable[[], Change]
+    read_pretrained: Callable[[], torch.Tensor]
+    change: Callable[[torch.Tensor], Change]
+    place: Hashable
     kind: str = "full"
     rank: int | None = None
+
+    def load_change(self) -> Change:
+        """Read the pre-trained matrix and the factors of a low-rank update, or the tuned matrix."""
+        return self.change(self.read_pretrained())
 
     def load(self) -> MatrixPair:
         """Read both matrices."""

@@ -54,7 +54,8 @@ class Checkpoint:
                 "weight: give the full-precision model that was quantised; an adapter trained on the other fits it"
             )
         value = value.float()
-        if not torch.isfinite(value).all():
+        # One pass without a copy; a norm that overflows says nothing yet.
+        if not torch.isfinite(torch.linalg.vector_norm(value)) and not torch.isfinite(value).all():
             raise InputError(f"{tensor} in {path} holds NaN or infinity; wanted finite weights")
         return value
 
@@ -64,7 +65,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = existing_folder(folder)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} is a PEFT adapter; wanted a full checkpoint here: call `intruder count BASE {folder}`"
+            f"{folder} is a PEFT adapter; wanted a full checkpoint here, and the adapter after it: BASE {folder}"
         )
     model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     model_type = model_type if isinstance(model_type, str) else None

@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("audit", help="count, weigh and map the intruder dimensions of a model; write a report")
     add.add_argument("base", help="folder or hub id (owner/name@revision) of the pre-trained checkpoint")
-    add.add_argument("tuned", help="folder or hub id of the fine-tuned checkpoint, or of a PEFT adapter")
+    add.add_argument("tuned", nargs="+", help="folder or hub id of the fine-tuned checkpoint, or of a PEFT adapter; "
+                     "several share the work on the base, and get a folder each in --out and a summary")
     add.add_argument("--k", type=int, default=10, help="leading singular vectors examined in each matrix (default 10)")
     add.add_argument("--epsilon", type=float, default=0.5, help="similarity threshold in (0, 1] (default 0.5)")
     add.add_argument("--out", default="audit", help="new folder for the JSON, the table and the page (default audit)")
@@ -142,15 +143,23 @@ def _count(options) -> None:
 
 
 def _audit(options) -> None:
-    from .audit import audit
+    from .audit import audit, audit_each
+    from .audit_files import table_of
     if not options.cache_gb > 0:
         raise InputError(f"cache-gb is {options.cache_gb}; wanted more than 0")
-    result = audit(options.base, options.tuned, options.k, options.epsilon, options.out, options.device, options.resume,
-                   options.include, options.cache, int(options.cache_gb * 1e9), _Lines())
-    if result is not None:
-        share = f"{result['total']} intruder dimensions among {result['vectors']} vectors"
-        print(f"{share} of {len(result['matrices'])} matrices, epsilon = {result['epsilon']:g}, k = {result['k']}; "
-              f"{result['borderline']} borderline; see {Path(options.out) / 'report.html'}")
+    several = len(options.tuned) > 1
+    call, tuned = (audit_each, options.tuned) if several else (audit, options.tuned[0])
+    result = call(options.base, tuned, options.k, options.epsilon, options.out, options.device, options.resume,
+                  options.include, options.cache, int(options.cache_gb * 1e9), _Lines())
+    if result is None:
+        return
+    setting = f"epsilon = {result['epsilon']:g}, k = {result['k']}"
+    if several:
+        print(f"{table_of(result)}\n{setting}; see {Path(options.out) / 'summary.json'} and the report.html of each model")
+        return
+    share = f"{result['total']} intruder dimensions among {result['vectors']} vectors"
+    print(f"{share} of {len(result['matrices'])} matrices, {setting}; {result['borderline']} borderline; "
+          f"see {Path(options.out) / 'report.html'}")
 
 
 def _mitigate(options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 
@@ -11,20 +12,20 @@ UNSEEN = 2.0  # a shape that was not timed yet may take this much more or less t
 class Estimate:
     """Seconds per shape, and from them the range in which the remaining work will lie.
 
-    Work is predicted per shape (m, p): the mean of the times measured on this shape in this process, plus and minus two
+    A shape is (m, p), or (m, p, models) where several models are compared with one matrix. Work is predicted per shape: the mean of the times measured on this shape in this process, plus and minus two
     standard errors (with one measurement, plus and minus half of it). A shape not met yet is scaled from the others by
     m p min(m, p), the growth of a decomposition, and its range is widened by a factor of two both ways. Nothing is
     predicted before two matrices are done.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[int, int], list[float]] = {}
+        self.seconds: dict[tuple[int, ...], list[float]] = {}
 
-    def add(self, shape: tuple[int, int], seconds: float) -> None:
+    def add(self, shape: tuple[int, ...], seconds: float) -> None:
         """One more matrix of this shape is done."""
         self.seconds.setdefault(tuple(shape), []).append(seconds)
 
-    def remaining(self, shapes: Iterable[tuple[int, int]]) -> tuple[float, float] | None:
+    def remaining(self, shapes: Iterable[tuple[int, ...]]) -> tuple[float, float] | None:
         """(low, high) seconds for these shapes, one after another; None while fewer than two matrices are done."""
         done = [(shape, seconds) for shape, values in self.seconds.items() for seconds in values]
         if len(done) < 2:
@@ -51,5 +52,6 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _operations(shape: tuple[int, int]) -> float:
-    return float(shape[0]) * shape[1] * min(shape)
+def _operations(shape: tuple[int, ...]) -> float:
+    rows, columns, *models = shape
+    return float(rows) * columns * min(rows, columns) * math.prod(models)

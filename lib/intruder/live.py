@@ -16,7 +16,7 @@ from .mitigate_loaded import PLAIN, read_layer
 from .peft_layers import lora_layers
 from .spectrum import svd
 
-COLUMNS = ("step", "loss", "matrix", "index", "singular_value", "max_cosine", "intruder")
+COLUMNS = ("step", "loss", "matrix", "index", "singular_value", "max_cosine", "intruder", "borderline")
 MARGIN = 6  # vectors iterated beyond k, so that the k-th converges at the gap to the (k + 7)-th
 TOLERANCE = 1e-3  # residual of an accepted vector, as a share of its singular value
 MOST_PASSES = 20
@@ -30,7 +30,8 @@ class IntruderCallback:
     step's loss. W0 is decomposed once, at the first call. Later checks start from the vectors of the last one: some
     passes of subspace iteration with a Rayleigh-Ritz step, until each residual |W v_j - sigma_j u_j| and |W^T u_j -
     sigma_j v_j| is below 1e-3 sigma_j, and a full decomposition where that is not reached in 20 passes. So a live count
-    is a close estimate, good to the residual over the gap between singular values; `intruder audit` decides.
+    is a close estimate, good to the residual over the gap between singular values: where m_j is that close to epsilon
+    the vector is marked `borderline`. The gaps are estimates too; `intruder audit` decides.
 
     W0 is the frozen weight for LoRA, rsLoRA and DoRA. For full fine-tuning, PiSSA and the like give `base_state`, the
     state dict of the base from before training. `include` watches only matrices whose name it finds (`re.search`).
@@ -87,7 +88,8 @@ class IntruderCallback:
         return self.seconds / elapsed if self._bases and elapsed > 0 else 0.0
 
     def frame(self) -> pd.DataFrame:
-        """Everything seen: columns step, loss, matrix, index (1-based j), singular_value, max_cosine, intruder."""
+        """Everything seen: columns step, loss, matrix, index (1-based j), singular_value, max_cosine, intruder,
+        borderline."""
         return pd.DataFrame(self._rows, columns=list(COLUMNS))
 
     def counts(self) -> pd.DataFrame:
@@ -150,10 +152,10 @@ class IntruderCallback:
                 yield name, view.of(state[view.tensor].detach()).float()
 
     def _check(self, step: int, loss: float, name: str, W: torch.Tensor) -> None:
-        U, S = leading_from(W, self._last[name].to(W), self.k)
+        U, S, error = leading_from(W, self._last[name].to(W), self.k)
         self._last[name] = U
         cosines = (self._bases[name].to(W).mT @ U[:, : self.k]).abs().amax(0).clamp(max=1.0).tolist()
-        for j, (sigma, cosine) in enumerate(zip(S[: self.k].tolist(), cosines)):
+        for j, (sigma, cosine, doubt) in enumerate(zip(S[: self.k].tolist(), cosines, error.tolist(), strict=True)):
             self._rows.append(
                 {
                     "step": step,
@@ -163,14 +165,16 @@ class IntruderCallback:
                     "singular_value": sigma,
                     "max_cosine": cosine,
                     "intruder": cosine < self.epsilon,
+                    "borderline": abs(cosine - self.epsilon) <= doubt,
                 }
             )
 
 
-def leading_from(W: torch.Tensor, start: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_from(W: torch.Tensor, start: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Leading left singular vectors (m, b) and values (b,) of W, iterated from `start` (m, b) until k have converged.
 
-    Subspace iteration with Rayleigh-Ritz; see `IntruderCallback` for the stopping rule and the fall-back.
+    Subspace iteration with Rayleigh-Ritz; see `IntruderCallback` for the stopping rule and the fall-back. The third
+    part (k,) is about |u_j - y_j| for the true y_j: sqrt(2) residual_j / gap_j, the gap between the values found.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(start.shape, generator=generator).to(W) / start.shape[0] ** 0.5
@@ -182,9 +186,18 @@ def leading_from(W: torch.Tensor, start: torch.Tensor, k: int) -> tuple[torch.Te
         U = Q @ Eh.mT
         residual = torch.linalg.vector_norm(W @ V[:, :k] - U[:, :k] * S[:k], dim=0)
         if bool((residual <= TOLERANCE * S[:k]).all()):
-            return U, S
+            return U, S, _doubt(residual, S)
     full = svd(W)
-    return full.U[:, : start.shape[1]], full.S[: start.shape[1]]
+    b = start.shape[1]
+    rounding = 16 * torch.finfo(W.dtype).eps * full.S[0]
+    return full.U[:, :b], full.S[:b], _doubt(rounding.expand(k), full.S)
+
+
+def _doubt(residual: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
+    k = len(residual)
+    steps = S[:k] - torch.cat([S[1 : k + 1], S.new_zeros(1)])[:k]
+    gap = torch.minimum(steps, torch.cat([steps.new_full((1,), torch.inf), steps[:-1]]))
+    return (2**0.5 * residual / gap.clamp(min=1e-30)).clamp(max=1.0)
 
 
 def _only_adapter(model: torch.nn.Module) -> str | None:

@@ -33,7 +33,13 @@ def cosine_margins(
 
     near, size = within(2 * rounding)
     far, inner, distance = torch.zeros_like(near), near, 2 * rounding
+    if len(S) > 1:  # nothing comes nearer than the closest two: so far the sums stay what they are
+        closest = float((low_to_high[1:] - low_to_high[:-1]).min())
+        distance = max(distance, 2.0 ** math.floor(math.log2(closest / rounding)) * rounding if closest > 0 else 0.0)
     while distance < float(S[0]):
+        if distance > 1e6 * rounding:  # the rest, wherever it lies
+            far += (total[-1] - inner).clamp(min=0) * (rounding / distance) ** 2
+            break
         grown, _ = within(2 * distance)
         far += (grown - inner).clamp(min=0) * (rounding / distance) ** 2
         inner, distance = grown, 2 * distance

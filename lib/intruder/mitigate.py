@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .adapters import MAGNITUDE, Adapter, Target, open_adapter
-from .checkpoints import Checkpoint, open_checkpoint, read_json
+from .checkpoints import Checkpoint, existing_folder, open_checkpoint, read_json
 from .errors import InputError
 from .experts import restack, stacks
 from .hub import local_folder
@@ -79,7 +79,7 @@ def mitigate_adapter(
     say = say or (lambda line: None)
     settings = Settings(scale, which, control, rank, k, epsilon, rounds, seed)
     refuse_existing(out)
-    folder = local_folder(adapter)
+    folder = existing_folder(local_folder(adapter))
     if not (folder / CONFIG).is_file():
         raise InputError(f"no {CONFIG} in {folder}; wanted a PEFT adapter: a full fine-tune cannot be written as one")
     if settings.scale == 1:

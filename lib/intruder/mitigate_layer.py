@@ -84,13 +84,13 @@ def mitigate_layer(layer: Layer, settings: Settings, store=None) -> Outcome:
     with lambda = 0. lambda = 1 and no intruder give back the very objects that came in.
     Raises InputError for k above min(out, in), and where no factor can carry the edit, naming the matrix.
     """
-    current, steps, lost, after = layer, [], 0.0, None
+    current, steps, lost, after, start = layer, [], 0.0, None, None
     basis = basis_for(layer.pretrained, store)
     depth = min(2 * settings.k if settings.control == "neighbour" else settings.k, *layer.pretrained.shape)
     try:
         for _ in range(settings.rounds):
-            intruder, vectors = examine(
-                current.pretrained, current.tuned(), max(depth, settings.k), settings.epsilon, basis
+            intruder, vectors, start = examine(
+                current.pretrained, current.tuned(), max(depth, settings.k), settings.epsilon, basis, start
             )
             if not steps:
                 before = int(intruder[: settings.k].sum())
@@ -111,8 +111,8 @@ def mitigate_layer(layer: Layer, settings: Settings, store=None) -> Outcome:
             current, lost = _edited(current, step, int(layer.update.B.shape[1]) if settings.rank == "keep" else None)
             steps.append(step)
         if after is None:
-            intruder, _ = examine(current.pretrained, current.tuned(), settings.k, settings.epsilon, basis)
-            after = int(intruder.sum())
+            found = examine(current.pretrained, current.tuned(), settings.k, settings.epsilon, basis, start, False)
+            after = int(found.intruder.sum())
     except InputError as error:
         raise InputError(str(error) if layer.name in str(error) else f"{layer.name}: {error}") from error
     facts = {

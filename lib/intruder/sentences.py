@@ -138,3 +138,27 @@ def say_base(record: dict) -> str:
             f"**{last['held_out_loss']:.2f}** (guessing among all words: {math.log(record['vocabulary']):.2f}). "
             f"In its {len(rows)} matrices, {min(heads)} to {max(heads)} singular values stand clear of the random "
             f"bulk, that is above the largest one of the same entries in random places.")
+
+
+def say_sizes(sizes: Sequence[dict]) -> str:
+    """One Markdown paragraph: which size of the base leads on which reading, and what longer training adds.
+
+    `sizes` is what `records.load_base_sizes` returns: the alternatives under one schedule, then the base that is used.
+    """
+    *others, base = sizes
+
+    def name(record: dict) -> str:
+        return f"{record['settings']['layers']} × {record['settings']['hidden_size']}"
+
+    def heads(record: dict) -> float:
+        return 100 * sum(record["head_accuracy"].values()) / len(record["head_accuracy"])
+    lowest, best = min(others, key=lambda record: record["held_out_loss"]), max(others, key=heads)
+    short = next(record for record in others if name(record) == name(base))
+    spread_of_sizes = max(record["held_out_loss"] for record in others) - lowest["held_out_loss"]
+    gain = short["held_out_loss"] - base["held_out_loss"]
+    return (f"After {short['settings']['steps']:,} steps {name(lowest)} has the lowest held-out loss "
+            f"({lowest['held_out_loss']:.3f}) and {name(best)} the best heads in the mean ({heads(best):.1f} %); "
+            f"{name(short)} stands at {short['held_out_loss']:.3f} and {heads(short):.1f} %. Trained for "
+            f"{base['settings']['steps']:,} steps, {name(base)} comes to **{base['held_out_loss']:.3f}** and "
+            f"{heads(base):.1f} %: longer training lowers the loss by {gain:.2f}, where all the sizes together differ "
+            f"by {spread_of_sizes:.2f}.")

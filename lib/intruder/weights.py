@@ -7,8 +7,10 @@ AdaLoRA, VeRA. `lora_bias` and biases do not change a matrix and are passed over
 is read whole. What cannot be read is refused by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
 
 from .adapters import Adapter, open_adapter
 from .changes import (
@@ -62,20 +64,21 @@ def checkpoint_pairs(base_dir: str | Path, tuned_dir: str | Path) -> Iterator[Ma
     return (source.load() for source in pair_sources(base_dir, tuned_dir))
 
 
-def pair_sources(base_dir: str | Path, tuned_dir: str | Path) -> list[PairSource]:
+def pair_sources(base_dir: str | Path | Checkpoint, tuned_dir: str | Path) -> list[PairSource]:
     """The pairs of `checkpoint_pairs` with names and shapes known and matched, but no matrix read yet.
 
     `source.load_change()` reads the pre-trained matrix and the factors of a low-rank update, or the tuned matrix;
-    `source.load()` reads both matrices.
+    `source.load()` reads both matrices. A base that serves several times may be given open.
     """
-    base, tuned = open_checkpoint(local_folder(base_dir)), local_folder(tuned_dir)
+    base = base_dir if isinstance(base_dir, Checkpoint) else open_checkpoint(local_folder(base_dir))
+    tuned = local_folder(tuned_dir)
     if (tuned / "adapter_config.json").is_file():
         sources = _adapter_sources(base, open_adapter(tuned))
     else:
         sources = _full_sources(base, open_checkpoint(tuned))
     if not sources:
         raise InputError(
-            f"no matrix to count in {tuned_dir} against {base_dir}; wanted attention and feed-forward weights with the "
+            f"no matrix to count in {tuned_dir} against {base.folder}; wanted attention and feed-forward weights with the "
             "same names on both sides: check that the base is the model that was fine-tuned"
         )
     return sorted(sources, key=lambda source: natural(source.name))
@@ -113,10 +116,14 @@ def _full_source(base: Checkpoint, view: View, tuned: Checkpoint, other: View, k
             "shape: check that the base is the model that was fine-tuned"
         )
 
-    def load() -> Change:
-        return Change(view.name, base.matrix(view), tuned=tuned.matrix(other))
+    def change(pretrained: torch.Tensor) -> Change:
+        return Change(view.name, pretrained, tuned=tuned.matrix(other))
 
-    return PairSource(view.name, view.shape, load, kind)
+    return _source(base, view, change, kind)
+
+
+def _source(base: Checkpoint, view: View, change: Callable, kind: str, rank: int | None = None) -> PairSource:
+    return PairSource(view.name, view.shape, lambda: base.matrix(view), change, (base.folder, view), kind, rank)
 
 
 def _adapter_sources(base: Checkpoint, adapter: Adapter) -> list[PairSource]:
@@ -183,15 +190,15 @@ def _adapter_source(base: Checkpoint, adapter: Adapter, module: str, view: View,
     stored = adapter.checkpoint.shapes[target.tensors["A"]][0] if "A" in target.tensors else target.rank
     rank = {"dora": None, "pissa": 2 * stored, "olora": 2 * stored}.get(kind, stored)
 
-    def load() -> Change:
-        pretrained, factors = base.matrix(view), adapter.read(module, view.shape[1], widest)
+    def change(pretrained: torch.Tensor) -> Change:
+        factors = adapter.read(module, view.shape[1], widest)
         if kind == "dora":
             return dora_change(view.name, pretrained, factors, adapter.magnitude(module))
         if kind in ("pissa", "olora"):
             return {"pissa": pissa_change, "olora": olora_change}[kind](view.name, pretrained, factors)
         return Change(view.name, pretrained, factors=factors)
 
-    return PairSource(view.name, view.shape, load, kind, rank)
+    return _source(base, view, change, kind, rank)
 
 
 def _expert_source(base: Checkpoint, adapter: Adapter, update) -> PairSource:
@@ -200,11 +207,10 @@ def _expert_source(base: Checkpoint, adapter: Adapter, update) -> PairSource:
             f"{update.view.name} in {adapter.folder} combines target_parameters with {adapter.kind}; wanted plain LoRA"
         )
 
-    def load() -> Change:
-        return Change(update.view.name, base.matrix(update.view), factors=update.factors(adapter))
+    def change(pretrained: torch.Tensor) -> Change:
+        return Change(update.view.name, pretrained, factors=update.factors(adapter))
 
-    rank = adapter.targets[update.module].rank
-    return PairSource(update.view.name, update.view.shape, load, adapter.kind, rank)
+    return _source(base, update.view, change, adapter.kind, adapter.targets[update.module].rank)
 
 
 def _whole_sources(base: Checkpoint, adapter: Adapter, adapted: set[str]) -> list[PairSource]:

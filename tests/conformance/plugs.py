@@ -71,7 +71,7 @@ def by_route(method: str, as_factors: bool = False) -> Callable:
 
     def count(pretrained: torch.Tensor, tuned: torch.Tensor, k: int, epsilon: float) -> int:
         from intruder.basis import Basis
-        from intruder.compare import compare
+        from intruder import compare
         from intruder.spectrum import LowRank
 
         change = tuned

@@ -1,23 +1,29 @@
 """One call for the intruder dimensions of one matrix, with the route that decided each vector."""
 
 import contextlib
-import functools
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .basis import Basis, BasisStore
-from .certified import decide, leading_vectors
+from .basis import Basis, BasisStore, StoredBasis, content_key, inside, outside
+from .certified import LeadingSpace, can_certify, decide, leading_vectors
 from .errors import InputError
 from .intruders import check_epsilon, check_k
 from .krylov import Product, frobenius
 from .margins import cosine_margins, vector_errors
-from .secular import leading_gaps
 from .spectrum import LowRank, factored_svd, real_matrix, svd, working_precision
+from .updated import leading_updated
 
 METHODS = ("auto", "dense", "cached", "certified")
-SMALLEST_CERTIFIED = 1500  # n from which the certified route beats two decompositions on a CPU
+# n from which `auto` prefers the certified route: measured on a CPU (see `choose`), not on CUDA. There a decomposition
+# of 4096 x 4096 is reported to take about 1 s, hence .15 s at 2048, and the small float64 problems of the certified
+# route, which stay on the CPU, take about as long.
+SMALLEST_CERTIFIED = 1025
+SMALLEST_CERTIFIED_CUDA = 2048
+LARGEST_SHARE = 16  # k up to n / 16: beyond it the block and the proofs cost more than they save
+SPARE_MEMORY = 0.8  # of what is free may be used
 ROUNDINGS = 16  # a decomposition is taken as exact for a matrix within 16 eps sigma_1
 CALL = "call compare(pretrained, tuned_or_update, k=10, epsilon=0.5, method='auto')"
 
@@ -61,9 +67,9 @@ def compare(
     method: 'dense' decomposes both matrices (float64 if n = min(m, p) <= 1024, else float32). 'cached' uses the
     decomposition of W0 in `basis` (made here if absent), where a low-rank update leaves a diagonal matrix plus rank r.
     'certified' decomposes nothing: verdicts come with a proof (see `certificate`) or not at all. Whatever cached and
-    certified leave undecided is decided by dense, and `route` says so. 'auto': cached if a basis is given, dense for
-    n < 1500 or k > n / 16, else certified. `seed` draws the random vectors of certified and cached; a verdict does not
-    depend on it except with the probability stated in `certificate`.
+    certified leave undecided is decided by dense, and `route` says so. 'auto': see `choose`. `basis` is a `Basis` or a
+    `BasisStore`. `seed` draws the random vectors of certified and cached; a verdict does not depend on it except with
+    the probability stated in `certificate`.
 
     Raises InputError for an unknown method, epsilon outside (0, 1], k outside [1, n], shapes that do not fit, NaN or
     infinity, different devices, or a basis of another matrix.
@@ -77,13 +83,12 @@ def compare(
     n = min(pretrained.shape)
     if k > n:
         raise InputError(f"k={k} was given for a matrix of shape {tuple(pretrained.shape)}; wanted 1 <= k <= {n}")
+    key = content_key(pretrained) if isinstance(basis, BasisStore) and method in ("auto", "cached") else None
     if method == "auto":
-        method = "cached" if basis is not None else "certified"
-        if basis is None and (n < SMALLEST_CERTIFIED or k > n // 16):
-            method = "dense"
+        method = choose(pretrained, k, basis, key)
     with torch.no_grad(), _full_precision():
         if method == "cached":
-            found = _cached(pretrained, change, k, epsilon, _basis(pretrained, basis), seed)
+            found = _from_store(pretrained, change, k, epsilon, basis, key, seed)
         elif method == "certified":
             found = _certified(pretrained, change, k, epsilon, seed)
         else:
@@ -93,6 +98,56 @@ def compare(
             found = dense if found is None else _merge(found, dense)
     del found["decided"]
     return Comparison(**found, count=int(found["intruder"].sum()), epsilon=epsilon, k=k)
+
+
+def choose(pretrained: torch.Tensor, k: int, basis: Basis | BasisStore | None = None, key: str | None = None) -> str:
+    """The route of method='auto' for W0 (m, p), by shape, device, free memory and what is cached.
+
+    cached: a basis is given, or the store has it; or the store would keep it and memory is left to make it, since a
+    store is given for many adapters of one base: it costs one decomposition once. dense: n is below the crossover of
+    the device, or k > n / 16, and memory is left for both decompositions. Else certified. Where k is too large for
+    certified to decide anything, dense.
+
+    The crossover on a CPU, measured on the pairs of tests/benchmarks/compare_routes.py, seconds of one thread, dense
+    and certified: .20 and .29 at 512, .47 and .16 at 768, 1.2 and .22 at 1024, 2.2 and .25 at 1536, 5.8 and .30 at
+    2048. Up to 1024 dense is preferred all the same: it is in float64 and gives the value of every m_j, where certified
+    gives many only a bound. `key` is `content_key(pretrained)` if known.
+    """
+    n = min(pretrained.shape)
+    memory = free_memory(pretrained.device) * SPARE_MEMORY
+    if isinstance(basis, Basis):
+        return "cached"
+    if basis is not None:
+        if basis.holds(content_key(pretrained) if key is None else key):
+            return "cached"
+        if basis.would_keep(pretrained.shape) and (_dense_bytes(pretrained, 1) <= memory or not can_certify(n, k)):
+            return "cached"
+    smallest = SMALLEST_CERTIFIED_CUDA if pretrained.device.type == "cuda" else SMALLEST_CERTIFIED
+    preferred = n < smallest or k > n // LARGEST_SHARE
+    if not can_certify(n, k) or (preferred and _dense_bytes(pretrained, 2) <= memory):
+        return "dense"
+    return "certified"
+
+
+def _dense_bytes(pretrained: torch.Tensor, decompositions: int) -> int:
+    """About what decomposing needs beside W0: a copy of the matrix, U and Vh, and LAPACK's copy and workspace."""
+    m, p = pretrained.shape
+    n = min(m, p)
+    size = 8 if n <= 1024 else 4
+    return size * (decompositions * (m * p + m * n + n * p) + m * p + 5 * n * n)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be had on the device: MemAvailable, free physical pages where that is not told; inf if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return float(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
 
 
 def _dense(pretrained: torch.Tensor, change: torch.Tensor | LowRank, k: int, epsilon: float) -> dict[str, np.ndarray]:
@@ -137,44 +192,66 @@ def _verdicts(S, cosines, sigma, error, rounding, tall, epsilon, route) -> dict[
     }
 
 
-def _cached(pretrained, change, k: int, epsilon: float, basis: Basis, seed: int) -> dict[str, np.ndarray]:
+def _from_store(
+    pretrained, change, k: int, epsilon: float, basis: Basis | BasisStore | None, key: str | None, seed: int
+) -> dict[str, np.ndarray]:
+    if not isinstance(basis, BasisStore):
+        return _cached(pretrained, change, k, epsilon, _basis(pretrained, basis), seed)
+    try:
+        return _cached(pretrained, change, k, epsilon, basis.open(pretrained, key), seed)
+    except OSError:  # another process made room in the folder while the file was read
+        return _cached(pretrained, change, k, epsilon, Basis.of(pretrained, key), seed)
+
+
+def _cached(
+    pretrained, change, k: int, epsilon: float, basis: Basis | StoredBasis, seed: int
+) -> dict[str, np.ndarray]:
     S = basis.S.double()
     m, p = pretrained.shape
     tall, n = m > p, len(S)
     eps = torch.finfo(basis.S.dtype).eps
     if isinstance(change, LowRank):
+        if n >= 96 and k <= n // 8:
+            found = leading_updated(basis, change, k)
+            if found is None:
+                return _undecided(k)
+            error = found.error.clamp(max=1.0)
+            return _verdicts(S, found.inside, found.sigma, error, found.rounding, tall, epsilon, "cached")
         operator = _in_basis(basis, change, (m, p))
+        U, sigma, _ = torch.linalg.svd(operator.times(torch.eye(operator.shape[1]).to(S)), full_matrices=False)
+    elif n < 96 or k > n // 8:
+        U, sigma, _ = svd(working_precision(change))
     else:
         operator = Product(working_precision(change), (m, p))
-    rounding = ROUNDINGS * eps * max(float(S[0]), float(operator.norm()) / n**0.5)
-    small = n < 96 or k > n // 8
-    if small and isinstance(change, LowRank):
-        U, sigma, _ = torch.linalg.svd(operator.times(torch.eye(operator.shape[1]).to(S)), full_matrices=False)
-    elif small:
-        U, sigma, _ = svd(operator.matrix)
-    if small:
-        rounding = ROUNDINGS * eps * max(float(S[0]), float(sigma[0]))
-        error, U, sigma = vector_errors(sigma[:n], k, rounding, tall), U[:, :k], sigma[:k]
-    else:
-        separation = functools.partial(leading_gaps, operator) if isinstance(change, LowRank) else None
-        sigma, U, error = leading_vectors(operator, k, seed, 1e-4, rounding, separation)
-    cosines = U[:n].double() if isinstance(change, LowRank) else (basis.U.mT @ U.to(basis.U)).double()
-    found = _verdicts(S, cosines, sigma, error.clamp(max=1.0), rounding, tall, epsilon, "cached")
-    found["decided"] &= torch.isfinite(error).numpy()
-    return found
+        rounding = ROUNDINGS * eps * max(float(S[0]), float(operator.norm()) / n**0.5)
+        sigma, U, error = leading_vectors(operator, k, seed, 1e-4, rounding)
+        cosines = inside(basis, "U", U).double()
+        found = _verdicts(S, cosines, sigma, error.clamp(max=1.0), rounding, tall, epsilon, "cached")
+        found["decided"] &= torch.isfinite(error).numpy()
+        return found
+    rounding = ROUNDINGS * eps * max(float(S[0]), float(sigma[0]))
+    error, U = vector_errors(sigma[:n], k, rounding, tall), U[:, :k]
+    cosines = U[:n].double() if isinstance(change, LowRank) else inside(basis, "U", U).double()
+    return _verdicts(S, cosines, sigma[:k], error, rounding, tall, epsilon, "cached")
 
 
-def _in_basis(basis: Basis, change: LowRank, shape: tuple[int, int]) -> Product:
+def _undecided(k: int) -> dict[str, np.ndarray]:
+    nothing = np.full(k, np.nan)
+    found = dict.fromkeys(("singular_values", "max_cosine", "upper", "lower"), nothing)
+    no = np.zeros(k, dtype=bool)
+    return found | {"intruder": no, "borderline": no, "decided": no, "route": np.full(k, "cached", dtype="<U9")}
+
+
+def _in_basis(basis: Basis | StoredBasis, change: LowRank, shape: tuple[int, int]) -> Product:
     """U0^T W V0 = diag(S) + U0^T B A V0, float64, with a row or column more for each direction outside the basis."""
     m, p = shape
     update = factored_svd(change.B.double(), change.A.double(), change.scale)
     root = update.S.sqrt()
-    left, right = (update.U * root).to(basis.U), (update.Vh.mT * root).to(basis.U)
-    inner_left, inner_right = basis.U.mT @ left, basis.Vh @ right
-    outer_left = torch.linalg.qr((left - basis.U @ inner_left).double()).R if m > p else left[:0].double()
-    outer_right = torch.linalg.qr((right - basis.Vh.mT @ inner_right).double()).R if p > m else right[:0].double()
-    rows = torch.cat([inner_left.double(), outer_left])
-    columns = torch.cat([inner_right.double(), outer_right])
+    left, right = (update.U * root).to(basis.S), (update.Vh.mT * root).to(basis.S)
+    rows, columns = inside(basis, "U", left), inside(basis, "Vh", right)
+    more_rows = torch.linalg.qr(outside(basis, "U", left, rows).double()).R if m > p else rows[:0].double()
+    more_columns = torch.linalg.qr(outside(basis, "Vh", right, columns).double()).R if p > m else rows[:0].double()
+    rows, columns = torch.cat([rows.double(), more_rows]), torch.cat([columns.double(), more_columns])
     return Product(basis.S.double(), (len(rows), len(columns)), rows, columns)
 
 
@@ -182,19 +259,12 @@ def _certified(pretrained, change, k: int, epsilon: float, seed: int) -> dict[st
     shape, norm = tuple(pretrained.shape), frobenius(pretrained)
     if isinstance(change, LowRank):
         update = factored_svd(change.B.double(), change.A.double(), change.scale)
-        left, right = (update.U * update.S).to(pretrained), update.Vh.mT.to(pretrained)
-        operator = Product(pretrained, shape, left.contiguous(), right.contiguous(), norm)
+        operator = Product(pretrained, shape, update.U * update.S, update.Vh.mT, norm)
     else:
         operator = Product(change, shape)
-    before = Product(pretrained, shape, matrix_norm=norm)
-    leading = leading_vectors(operator, k, seed)
-    verdicts = decide(before, leading, epsilon, seed)
-    left = ~(verdicts.intruder | verdicts.matched)
-    if bool(left.any()) and bool((leading.error[left] > 1e-5).all()) and bool(torch.isfinite(leading.error).any()):
-        # Close to epsilon: once more, with vectors as exact as the precision allows, for what is left.
-        leading = leading_vectors(operator, k, seed, wanted=1e-6)
-        again = decide(before, leading._replace(error=torch.where(left, leading.error, torch.inf)), epsilon, seed)
-        verdicts = type(again)(*(torch.where(left, new, old) for new, old in zip(again, verdicts, strict=True)))
+    space = LeadingSpace(operator, k, seed)
+    leading = space.solve()
+    verdicts = decide(Product(pretrained, shape, matrix_norm=norm), leading, epsilon, seed, space.sharpen)
     return {
         "singular_values": leading.sigma.numpy(),
         "max_cosine": verdicts.value.numpy(),
@@ -214,11 +284,9 @@ def _merge(found: dict[str, np.ndarray], dense: dict[str, np.ndarray]) -> dict[s
     return merged
 
 
-def _basis(pretrained: torch.Tensor, basis: Basis | BasisStore | None) -> Basis:
+def _basis(pretrained: torch.Tensor, basis: Basis | None) -> Basis:
     if basis is None:
-        return Basis.of(pretrained)
-    if isinstance(basis, BasisStore):
-        return basis.get(pretrained)
+        return Basis.of(pretrained, key="")  # thrown away after the call: its name is not needed
     n = min(pretrained.shape)
     if basis.U.shape != (pretrained.shape[0], n) or basis.Vh.shape != (n, pretrained.shape[1]):
         raise InputError(
