@@ -27,7 +27,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's order: ids 0 
 VOCABULARY_SAMPLE = 20_000
 HELD_OUT = 1024
 
-# Length settled on the held-out loss and the head of the singular values, never on a count; one size was tried.
+# Judged by the held-out loss, the heads and the leading singular values, never by a count: `base_sizes`.
 NANO = {"hidden_size": 128, "layers": 4, "heads": 4, "intermediate_size": 512, "max_length": 96, "steps": 10_000,
         "batch_size": 64, "learning_rate": 1.5e-3, "weight_decay": 0.01, "warmup_ratio": 0.06, "mask_share": 0.15,
         "seed": 0}

@@ -156,8 +156,9 @@ def say_sizes(sizes: Sequence[dict]) -> str:
     short = next(record for record in others if name(record) == name(base))
     spread_of_sizes = max(record["held_out_loss"] for record in others) - lowest["held_out_loss"]
     gain = short["held_out_loss"] - base["held_out_loss"]
+    leads = "also" if best is lowest else name(best)
     return (f"After {short['settings']['steps']:,} steps {name(lowest)} has the lowest held-out loss "
-            f"({lowest['held_out_loss']:.3f}) and {name(best)} the best heads in the mean ({heads(best):.1f} %); "
+            f"({lowest['held_out_loss']:.3f}) and {leads} the best heads in the mean ({heads(best):.1f} %); "
             f"{name(short)} stands at {short['held_out_loss']:.3f} and {heads(short):.1f} %. Trained for "
             f"{base['settings']['steps']:,} steps, {name(base)} comes to **{base['held_out_loss']:.3f}** and "
             f"{heads(base):.1f} %: longer training lowers the loss by {gain:.2f}, where all the sizes together differ "
