@@ -12,7 +12,16 @@ from pathlib import Path
 
 import torch
 
-from .audit_files import SCHEMA, finished_audit, fingerprint, labels_of, result_of, summary_of, write_audit, write_summary
+from .audit_files import (
+    SCHEMA,
+    finished_audit,
+    fingerprint,
+    labels_of,
+    result_of,
+    summary_of,
+    write_audit,
+    write_summary,
+)
 from .audit_matrix import audit_matrix
 from .basis import Basis, BasisStore
 from .changes import PairSource
@@ -84,8 +93,9 @@ def audit_each(
     Arguments, files and errors are those of `audit`. Every matrix of the base is read once for all models and, up to
     the size where the certified route begins, decomposed once; for a larger base of many adapters give a `cache`. The
     threads of torch (OMP_NUM_THREADS) take one model each. The folders are called by the last part of the names of the
-    models, or as many parts as tell them apart. summary.json lists per model its `label` (the folder), `tuned`, `matrices`, `vectors`, `total`, `borderline`, and means over its matrices: `rank`,
-    `effective_rank`, `energy_share`. Raises InputError also for no model, or one that is given twice.
+    models, or as many parts as tell them apart. summary.json lists per model its `label` (the folder), `tuned`,
+    `matrices`, `vectors`, `total`, `borderline`, and means over its matrices: `rank`, `effective_rank`, `energy_share`.
+    Raises InputError also for no model, or one that is given twice.
     """
     models = labels_of(tuned)
     return _Audit(base, models, k, epsilon, out, device, include, cache, cache_bytes, say).run(resume)
@@ -221,7 +231,8 @@ def _grouped(models: dict[str, list[PairSource]]) -> tuple[dict[str, Group], dic
     groups, places, where = {}, {}, {}
     for label, sources in models.items():
         for source in sources:
-            key = places.setdefault(source.place, source.name if source.name not in groups else f"{source.name}#{len(groups)}")
+            unique = source.name if source.name not in groups else f"{source.name}#{len(groups)}"
+            key = places.setdefault(source.place, unique)
             groups.setdefault(key, []).append((label, source))
             where[label, source.name] = key
     return groups, where

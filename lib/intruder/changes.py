@@ -49,9 +49,9 @@ class PairSource:
     """A pair that has not been read yet: its name, its shape (out, in), how it was tuned, and the calls that read it.
 
     `read_pretrained()` reads W0, and `change(W0)` what the tuned side makes of it, so that several tuned models of one
-    base can share one reading: two sources of equal `place` have the same W0. `kind`: "full", "whole" (modules_to_save),
-    or the kind of adapter: "lora", "rslora", "dora", "pissa", "olora", "adalora", "vera". `rank` is the rank of the
-    update, or None where it is not low.
+    base can share one reading: two sources of equal `place` have the same W0. `kind`: "full", "whole"
+    (modules_to_save), or the kind of adapter: "lora", "rslora", "dora", "pissa", "olora", "adalora", "vera". `rank` is
+    the rank of the update, or None where it is not low.
     """
 
     name: str

@@ -12,10 +12,11 @@ UNSEEN = 2.0  # a shape that was not timed yet may take this much more or less t
 class Estimate:
     """Seconds per shape, and from them the range in which the remaining work will lie.
 
-    A shape is (m, p), or (m, p, models) where several models are compared with one matrix. Work is predicted per shape: the mean of the times measured on this shape in this process, plus and minus two
-    standard errors (with one measurement, plus and minus half of it). A shape not met yet is scaled from the others by
-    m p min(m, p), the growth of a decomposition, and its range is widened by a factor of two both ways. Nothing is
-    predicted before two matrices are done.
+    A shape is (m, p), or (m, p, models) where several models are compared with one matrix. Work is predicted per shape:
+    the mean of the times measured on this shape in this process, plus and minus two standard errors (with one
+    measurement, plus and minus half of it). A shape not met yet is scaled from the others by models m p min(m, p), the
+    growth of a decomposition, and its range is widened by a factor of two both ways. Nothing is predicted before two
+    matrices are done.
     """
 
     def __init__(self) -> None:

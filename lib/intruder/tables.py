@@ -93,8 +93,8 @@ def accuracy_table(summary: pd.DataFrame, preset: str) -> pd.DataFrame:
 def size_table(sizes: Sequence[dict]) -> pd.DataFrame:
     """Rows: sizes of the base, as `records.load_base_sizes` returns them. Columns: what the choice was made on.
 
-    Held-out loss in nats per hidden word, validation accuracy of a head on the frozen encoder (the mean over tasks and
-    each task), and how many singular values of a matrix stand clear of the random bulk (median, least to most).
+    Held-out loss in nats per hidden word, validation accuracy of a head on the frozen encoder (mean over tasks), and
+    how many singular values of a matrix stand clear of the random bulk (median, least to most).
     """
     rows = {}
     for record in sizes:
@@ -102,7 +102,6 @@ def size_table(sizes: Sequence[dict]) -> pd.DataFrame:
         name = f"{settings['layers']} × {settings['hidden_size']}, {settings['steps']:,} steps"
         rows[name] = {"parameters": f"{record['parameters']:,}", "held-out loss": f"{record['held_out_loss']:.3f}",
                       "heads, mean %": f"{100 * np.mean(list(heads.values())):.1f}"}
-        rows[name] |= {task: f"{100 * value:.1f}" for task, value in heads.items()}
         rows[name] |= {"clear of the bulk": f"{np.median(clear):g} ({min(clear)}–{max(clear)})"}
     return pd.DataFrame.from_dict(rows, orient="index")
 

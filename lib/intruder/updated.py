@@ -1,4 +1,4 @@
-"""The leading singular vectors of W0 + s B A from the basis of W0: a diagonal plus a low-rank matrix, with proven error."""
+"""The leading singular vectors of W0 + s B A in the basis of W0, a diagonal plus a low-rank matrix, with proven error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .basis import Basis, StoredBasis, inside
 from .spectrum import LowRank
 
 EXTRA_VECTORS = 8
-MOST_COLUMNS = 480  # of a Krylov basis
+MOST_COLUMNS = 480  # of the space
+PATIENCE = 6  # steps without halving the residuals after which the rest is left to others
 ROUNDINGS = 16  # a decomposition is taken as exact for a matrix within 16 eps |.|
 
 
@@ -116,11 +117,11 @@ def leading_updated(
     start: torch.Tensor | None = None,
     pretrained: torch.Tensor | None = None,
 ) -> Updated | None:
-    """The k leading triplets of W0 + s B A, k <= n / 8, or None where block Krylov does not find them.
+    """The k leading triplets of W0 + s B A, k <= n / 8, or None where the iteration does not find them.
 
-    Block Krylov on G from `start` (n, b), or the leading unit vectors, until every residual |G z - sigma^2 z| is below
-    `wanted` times the distance to the next Ritz value and below `exact` sigma_1^2; then an inertia count proves that
-    nothing above the k-th is missing. The error also covers `rounding`, 16 eps |W| in the precision of the basis: 2
+    Iterated from `start` (n, b), or the leading unit vectors, until every residual |G z - sigma^2 z| is below `wanted`
+    times the distance to the next Ritz value and below `exact` sigma_1^2; then an inertia count proves that nothing
+    above the k-th is missing. The error also covers `rounding`, 16 eps |W| in the precision of the basis: 2
     rounding / gap, as in `margins.vector_errors`. Where only one side of the basis is given, W0 itself must be.
     """
     sides, tall = in_basis(basis, change, pretrained)
@@ -129,7 +130,7 @@ def leading_updated(
     size = max(float(sides.d[0]), math.sqrt(max(sides.trace(), 0.0) / n))
     cancelled = torch.finfo(torch.float64).eps * float(sides.K.trace())  # |B| |A|, where B A may be smaller
     rounding = ROUNDINGS * (eps * size + cancelled) + (basis.rounding if isinstance(basis, Side) else 0.0)
-    found = _by_krylov(sides, k, wanted, exact, start)
+    found = _leading(sides, k, wanted, exact, start)
     if found is None:
         return None
     theta, vectors, residual, above, below, more = found
@@ -142,7 +143,8 @@ def leading_updated(
         sine = sine / (1 - sine.clamp(max=0.9).square()).sqrt() * (sigma[0] / sigma)
         apart = torch.minimum(apart, sigma)
         cosines = (sides.d[:, None] * vectors + sides.L @ (sides.X.mT @ vectors)) / sigma
-    error = math.sqrt(2) * sine + 2 * rounding / (apart - 2 * rounding).clamp(min=1e-300)
+    known = rounding + 2 * eps * theta[0] / sigma  # the second part: squares are what was added up
+    error = math.sqrt(2) * sine + 2 * known / (apart - 2 * known).clamp(min=1e-300)
     return Updated(sigma, vectors, cosines, torch.where(error < 1, error, math.inf).cpu(), rounding, more)
 
 
@@ -168,65 +170,87 @@ def in_basis(
     return Sides(d, X * balance, L / balance, Y / balance, K / balance**2), tall
 
 
-def _by_krylov(sides: Sides, k: int, wanted: float, exact: float, start: torch.Tensor | None):
-    n = len(sides.d)
-    block = k + EXTRA_VECTORS
-    X = torch.eye(n, block, dtype=torch.float64, device=sides.d.device) if start is None else start[:, :block]
-    # A little of everything in the last vectors; nothing rests on it but the speed, for the count is a proof.
-    noise = torch.randn(n, EXTRA_VECTORS, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(X)
-    X = torch.linalg.qr(torch.cat([X[:, :k], X[:, k:] + (1e-3 / math.sqrt(n)) * noise[:, : X.shape[1] - k]], 1)).Q
-    most = min(MOST_COLUMNS, n) // block
+def _leading(sides: Sides, k: int, wanted: float, exact: float, start: torch.Tensor | None):
+    """(theta, vectors, residuals, above, below, more) of the k leading eigenvectors of G, or None.
+
+    Rayleigh-Ritz on a space that grows by (D^2 - theta_j)^-1 times the residual of each Ritz vector that has not
+    converged (generalised Davidson): G is a diagonal plus little, so these are nearly the missing parts. The diagonal
+    may be blind to a direction; then the count fails, and random vectors are added.
+    """
+    n, top = len(sides.d), float(sides.d[0])
+    block, most = k + EXTRA_VECTORS, min(MOST_COLUMNS, n)
+    squares = sides.d.square()
+    generator = torch.Generator().manual_seed(0)
+    if start is None or start.shape[1] < block:
+        start = torch.eye(n, block, dtype=torch.float64, device=sides.d.device)
+    X = torch.linalg.qr(start[:, :block]).Q
     # Vectors are rows: a few rows times many are several times faster than many columns times a few.
-    Q, GQ = X.new_empty(most * block, n), X.new_empty(most * block, n)
-    H = X.new_empty(most * block, most * block)
-    worst, found, due, last = math.inf, None, 3 if start is None else 0, 0
-    for step in range(most):
-        old, new, both = slice(0, step * block), slice(step * block, (step + 1) * block), slice(0, (step + 1) * block)
-        if step:
-            X = GQ[step * block - block : step * block].mT
-            for _ in range(2):
-                X = torch.linalg.qr(X - ((Q[old] @ X).mT @ Q[old]).mT).Q
+    Q, GQ, H = X.new_empty(most, n), X.new_empty(most, n), X.new_empty(most, most)
+    size, step, best, last = 0, 0, math.inf, 0
+    while True:
+        new, both = slice(size, size + X.shape[1]), slice(0, size + X.shape[1])
         Q[new], GQ[new] = X.mT, sides.times(X).mT
         H[both, new] = Q[both] @ GQ[new].mT
         H[new, both] = H[both, new].mT
-        if step < due and step + 1 < most:
-            continue
+        size, step = new.stop, step + 1
         theta, Z = torch.linalg.eigh(H[both, both])
-        theta, Z = theta.flip(0)[:block], Z.flip(1)[:, :block]
-        more = (Z.mT @ Q[both]).mT
+        theta, Z = theta.flip(0)[:block], Z.flip(1)[:, :block].mT
+        more = (Z @ Q[both]).mT
         vectors = more[:, :k]
-        if float((vectors.mT @ vectors - torch.eye(k).to(vectors)).abs().max()) > 1e-10:
-            break
-        residual = torch.linalg.vector_norm((Z[:, :k].mT @ GQ[both]).mT - vectors * theta[:k], dim=0)
-        residual += 16 * torch.finfo(torch.float64).eps * theta[0]
+        skew = float((vectors.mT @ vectors - torch.eye(k).to(vectors)).abs().max())
+        if skew > 1e-10:
+            return None
+        remainder = (Z[:k] @ GQ[both]).mT - vectors * theta[:k]
+        floor = (16 * torch.finfo(torch.float64).eps + k * skew) * theta[0]
+        residual = torch.linalg.vector_norm(remainder, dim=0) + floor
         steps = theta[:k] - theta[1 : k + 1]
         gap = torch.minimum(steps, torch.cat([steps.new_full((1,), math.inf), steps[:-1]])).clamp(min=1e-300)
-        now = float((residual / torch.minimum(wanted * gap, exact * theta[:1])).max())
-        stalled = step > 8 and now > 0.5 * worst
-        if now <= 1 or stalled or step + 1 == most:
+        left = residual / torch.minimum(wanted * gap, exact * theta[:1])
+        worst = float(left.max())
+        best, last = (worst, step) if worst < 0.5 * best else (best, last)
+        stalled = step > last + PATIENCE or size + block > most
+        if worst <= 1 or stalled:
             found = _complete(sides, theta, residual, k)
-            if found is not None and (found[3] or stalled or step + 1 == most):
-                above, below = found[1:3]
-                return theta[:k].clamp(min=1e-300), vectors, residual, above, below, more
-        # The next look when the residuals will be small enough at the rate seen so far: a look costs more than a step.
-        rate = math.log(worst / now) / (step - last) if 0 < now < worst < math.inf else 2.0
-        due, worst, last = step + min(max(math.ceil(math.log(max(now, 1.1)) / rate), 1), 4 if last else 2), now, step
-    return None
+            if found is not None and (found[0] == k or stalled):
+                return theta[:k].clamp(min=1e-300), vectors, residual, found[1], found[2], more
+            if stalled:
+                return None
+            X = remainder[:, :0]
+        else:
+            todo = left > 1
+            apart = squares[:, None] - theta[:k][todo]
+            near = (1e-3 * gap[todo]).clamp(min=1e-12 * top * top + 1e-300)
+            X = _outside(remainder[:, todo] / torch.where(apart.abs() < near, near.copysign(apart), apart), Q[both])
+        if not X.shape[1]:
+            noise = torch.randn(n, EXTRA_VECTORS, generator=generator, dtype=torch.float64).to(Q)
+            X = _outside(sides.times(noise), Q[both])
+        if not X.shape[1]:
+            return None
+
+
+def _outside(X: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormal vectors that span the columns of X together with the orthonormal rows; none for what they hold."""
+    X = X / torch.linalg.vector_norm(X, dim=0).clamp(min=1e-300)
+    for _ in range(2):
+        X, R = torch.linalg.qr(X - ((rows @ X).mT @ rows).mT)
+        X = X[:, R.diagonal().abs() > 1e-7]
+    return X
 
 
 def _complete(sides: Sides, theta: torch.Tensor, residual: torch.Tensor, k: int):
-    """(how many leading Ritz values are proven, above (k,), below (k,), all k?): the list misses nothing up to there.
+    """(how many leading Ritz values are proven, above (k,), below (k,)): up to there the list misses nothing.
 
     j eigenvalues lie one to one within |residuals|_F of the j leading Ritz values. If the count says that no other
     exceeds the middle between Ritz values j and j + 1, then what is above and below each of them is known.
     """
     for j in range(k, 0, -1):
-        middle, spread = (float(theta[j - 1]) + max(float(theta[j]), 0.0)) / 2, float(torch.linalg.vector_norm(residual[:j]))
+        middle = (float(theta[j - 1]) + max(float(theta[j]), 0.0)) / 2
+        spread = float(torch.linalg.vector_norm(residual[:j]))
         if not float(theta[j - 1]) - spread > middle > 0:
             continue
         if sides.count_above(middle) == j:
             nothing = theta.new_zeros(k - j)
             above = torch.cat([theta.new_full((1,), math.inf), theta[: j - 1] - spread, nothing])
             below = torch.cat([theta[1:j] + spread, theta.new_full((1,), middle), theta.new_full((k - j,), math.inf)])
-            return j, above, below, j == k
+            return j, above, below
     return None

@@ -78,8 +78,8 @@ def pair_sources(base_dir: str | Path | Checkpoint, tuned_dir: str | Path) -> li
         sources = _full_sources(base, open_checkpoint(tuned))
     if not sources:
         raise InputError(
-            f"no matrix to count in {tuned_dir} against {base.folder}; wanted attention and feed-forward weights with the "
-            "same names on both sides: check that the base is the model that was fine-tuned"
+            f"no matrix to count in {tuned_dir} against {base.folder}; wanted attention and feed-forward weights with "
+            "the same names on both sides: check that the base is the model that was fine-tuned"
         )
     return sorted(sources, key=lambda source: natural(source.name))
 

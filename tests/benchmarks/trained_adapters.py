@@ -1,12 +1,12 @@
 """Every route on adapters that were really trained: how many verdicts differ from two full decompositions.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/trained_adapters.py [--ranks 1 8 64] [--steps 300] [--minilm DIR --data DIR]
+    OMP_NUM_THREADS=1 python tests/benchmarks/trained_adapters.py [--ranks 1 8 64] [--minilm DIR --data DIR]
 
-Trains LoRA on the miniature model (and, with folders of all-MiniLM-L6-v2 and of SST-2 as `intruder sweep` takes them, on
-that), saves it with PEFT's save_pretrained, reads it back as `intruder audit` does, and asks `compare` by every route, with the update in
-factors and merged, at several epsilon. Counted are the vectors each route decided itself, the verdicts that differ from
-`dense`, and those that dense calls borderline, where a difference would mean nothing. `count` (the paper's definition
-on two decompositions) must agree as well. Exits with 1 if any verdict differs.
+Trains LoRA on the miniature model (and, with folders of all-MiniLM-L6-v2 and of SST-2 as `intruder sweep` takes them,
+on that), saves it with PEFT's save_pretrained, reads it back as `intruder audit` does, and asks `compare` by every
+route, with the update in factors and merged, at several epsilon. Counted are the vectors each route decided itself, the
+verdicts that differ from `dense`, and those that dense calls borderline, where a difference would mean nothing. `count`
+(the paper's definition on two decompositions) must agree as well. Exits with 1 if any verdict differs.
 """
 
 import argparse
