@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from encoder_sizes import ENCODER_SIZES
 
 # One thread: the models are tiny, and results must not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,16 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ENCODER_SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 24,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 ADAPTED = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from conftest import ENCODER_SIZES
+from encoder_sizes import ENCODER_SIZES
 from safetensors.torch import load_file, save_file
 from test_journal import full_disk
 

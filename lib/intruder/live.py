@@ -33,6 +33,9 @@ class IntruderCallback:
     is a close estimate, good to the residual over the gap between singular values: where m_j is that close to epsilon
     the vector is marked `borderline`. The gaps are estimates too; `intruder audit` decides.
 
+    On a nano LoRA run (24 matrices, one CPU thread) the checks took 2.3 % of the training time at every=50 and 7.7 % at
+    every=10; tests/benchmarks/live_callback.py measures it.
+
     W0 is the frozen weight for LoRA, rsLoRA and DoRA. For full fine-tuning, PiSSA and the like give `base_state`, the
     state dict of the base from before training. `include` watches only matrices whose name it finds (`re.search`).
 
