@@ -14,17 +14,8 @@ import peft
 import safetensors.torch
 import torch
 import transformers
+from encoder_sizes import ENCODER_SIZES
 
-ENCODER = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 24,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 DECODER = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -138,9 +129,9 @@ def base_model(kind: str, seed: int = 0) -> torch.nn.Module:
         if kind == "conv":
             model = ConvNet()
         elif kind == "bert":
-            model = transformers.BertForSequenceClassification(transformers.BertConfig(**ENCODER, num_labels=3))
+            model = transformers.BertForSequenceClassification(transformers.BertConfig(**ENCODER_SIZES, num_labels=3))
         elif kind == "roberta":
-            config = transformers.RobertaConfig(**ENCODER, num_labels=3, **NO_TOKENS)
+            config = transformers.RobertaConfig(**ENCODER_SIZES, num_labels=3, **NO_TOKENS)
             model = transformers.RobertaForSequenceClassification(config)
         elif kind == "gpt2":
             model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL_GPT, **NO_TOKENS))

@@ -33,7 +33,10 @@ def test_a_bad_plan_makes_nothing(tmp_path, capsys):
     """Missing part, unknown part, wrong head, both modes: one error, exit 2, no folder."""
     plan = tmp_path / "plan.json"
     for change, message in (({"tasks": None}, "wanted sizes"), ({"more": 1}, "wanted sizes"),
-                            ({"head": {"method": "lora"}}, "rank is missing")):
+                            ({"head": {"method": "lora"}}, "rank is missing"),
+                            ({"sizes": [2]}, "wanted a list of objects"), ({"tasks": "nli"}, "wanted a list of tasks"),
+                            ({"sizes": [{"layer": 2}]}, "'layer' is unknown"),
+                            ({"sizes": [{}, {"layers": NANO["layers"]}]}, "two sizes are 4x128")):
         broken = {key: value for key, value in (TINY | change).items() if value is not None}
         plan.write_text(json.dumps(broken))
         assert main(["pretrain", "nano", "--sizes", str(plan), "--out", str(tmp_path / "out")]) == 2

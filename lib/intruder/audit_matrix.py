@@ -10,7 +10,7 @@ import torch
 
 from .changes import Change
 from .comparison import compare
-from .spectrum import effective_rank, factored_svd
+from .spectrum import above_rounding, effective_rank, factored_svd
 
 
 def audit_matrix(change: Change, k: int, epsilon: float, device: str = "cpu", store=None) -> dict:
@@ -23,7 +23,8 @@ def audit_matrix(change: Change, k: int, epsilon: float, device: str = "cpu", st
         rank = int(factors.B.shape[1])
     else:
         tuned = tuned.to(device)
-        S = update_singular_values(W0, tuned)
+        # Checkpoints in half precision differ by more than this rounding where they differ at all.
+        S = above_rounding(torch.linalg.svdvals(tuned.float() - W0.float()), W0.shape, stored=tuned)
         rank = len(S)
     found = compare(W0, tuned if factors is None else factors, k=k, epsilon=epsilon, basis=store)
     energy = np.asarray(found.singular_values, dtype=np.float64) ** 2
@@ -58,22 +59,6 @@ def null_expectation(rows: int, columns: int) -> float:
     beyond = 1 - np.array([math.erf(value / math.sqrt(2)) for value in t]) ** n
     length = math.sqrt(2) * math.exp(math.lgamma((rows + 1) / 2) - math.lgamma(rows / 2))
     return min(float(np.trapezoid(beyond, t)) / length, 1.0)
-
-
-def update_singular_values(pretrained: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """Singular values of W - W0 above the rounding of two stored matrices, falling; none if the two are equal.
-
-    The cut is that of `measure.update_singular_values`: eps max(m, p) sigma_1 + eps (sqrt m + sqrt p) rms(W), eps =
-    2^-23. Checkpoints in half precision differ by more than this where they differ at all: their rank is what is
-    stored.
-    """
-    update = tuned.float() - pretrained.float()
-    if not torch.any(update):
-        return update.new_zeros(0)
-    S = torch.linalg.svdvals(update)
-    eps, (rows, columns) = torch.finfo(torch.float32).eps, update.shape
-    floor = eps * max(rows, columns) * S[0] + eps * (rows**0.5 + columns**0.5) * tuned.float().square().mean().sqrt()
-    return S[floor < S]
 
 
 def _numbers(values) -> list[float | None]:

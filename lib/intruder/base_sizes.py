@@ -14,12 +14,12 @@ from pathlib import Path
 from .config import check_out, make_config, read_config
 from .errors import InputError
 from .models import nano_folder
-from .pretrain import NANO, describe, pretrain
+from .pretrain import NANO, check_settings, describe, pretrain
 from .provenance import provenance, write_json
 from .records import load_base_record
 from .run import run_config
 
-PARTS = ("sizes", "pretrain", "head", "tasks")
+PARTS = {"sizes": list, "pretrain": dict, "head": dict, "tasks": list}
 
 
 def compare_sizes(path: str | Path, out: str | Path, say=print, command: str = "") -> list[dict]:
@@ -28,17 +28,27 @@ def compare_sizes(path: str | Path, out: str | Path, say=print, command: str = "
     The file is one JSON object: `sizes` (a list of differences from `pretrain.NANO`), `pretrain` (differences that all
     of them share), `head` (a `RunConfig` without a task) and `tasks`. A size that has a record in `out` is not made
     again. No weights are kept. Returns the records, the committed base's last.
-    Raises InputError for a missing or unknown part, before anything is made.
+    Raises InputError for a missing or unknown part or setting, and for two sizes of one name, before anything is made.
     """
     plan = read_config(path)
     if set(plan) != set(PARTS):
         raise InputError(f"{path}: parts are {', '.join(sorted(plan))}; wanted {', '.join(PARTS)}")
+    for part, kind in PARTS.items():
+        if not isinstance(plan[part], kind) or part == "sizes" and not all(isinstance(size, dict) for size in plan[part]):
+            raise InputError(f"{path}: {part} is {json.dumps(plan[part])[:60]}; wanted "
+                             + {"sizes": "a list of objects", "tasks": "a list of tasks"}.get(part, "an object"))
     heads = [make_config(plan["head"] | {"task": task}) for task in plan["tasks"]]
-    check_out(out)
-    records = []
+    settings_of = {}
     for size in plan["sizes"]:
         settings = plan["pretrain"] | size
-        name = f"{size['layers']}x{size['hidden_size']}"
+        check_settings(settings)
+        name = "{layers}x{hidden_size}".format_map(NANO | settings)
+        if name in settings_of:
+            raise InputError(f"{path}: two sizes are {name}; wanted sizes that differ in layers or hidden_size")
+        settings_of[name] = settings
+    check_out(out)
+    records = []
+    for name, settings in settings_of.items():
         with tempfile.TemporaryDirectory() as folder:
             made = _once(Path(out) / f"{name}.json", lambda: _judged(
                 name, pretrain(Path(folder) / "base", settings, progress=False, command=command),

@@ -1,7 +1,6 @@
 """What is measured on a tuned model: spectra and best matches of every weight pair, and the pseudo-loss."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -9,7 +8,7 @@ import torch
 
 from .errors import InputError
 from .intruders import max_cosines
-from .spectrum import Spectrum, effective_rank, svd, working_precision
+from .spectrum import Spectrum, above_rounding, effective_rank, svd, working_precision
 from .synthetic import random_update
 from .weights import MatrixPair
 
@@ -53,7 +52,7 @@ def _measure_pair(pair: MatrixPair, null_seed: int) -> tuple[pd.DataFrame, dict]
     pretrained, tuned = working_precision(pair.pretrained), working_precision(pair.tuned)
     before, after = svd(pretrained), svd(tuned)
     update = tuned - pretrained if pair.update is None else working_precision(pair.update)
-    S = update_singular_values(update, tuned, carried=pair.update is not None)
+    S = above_rounding(svd(update).S, update.shape, stored=None if pair.update is not None else tuned)
     null = torch.from_numpy(random_update(tuple(update.shape), S.cpu().numpy(), matrix_seed(null_seed, pair.name)))
     null_after = svd(pretrained + null.to(pretrained)) if len(S) else before
     table = pd.DataFrame(
@@ -76,23 +75,6 @@ def _measure_pair(pair: MatrixPair, null_seed: int) -> tuple[pd.DataFrame, dict]
 
 def _best_matches(before: Spectrum, after: Spectrum):
     return max_cosines(before.U.cpu().numpy(), after.U.cpu().numpy())
-
-
-def update_singular_values(update: torch.Tensor, tuned: torch.Tensor, carried: bool) -> torch.Tensor:
-    """The singular values of the update that are above the rounding of float32, in falling order; none for zero.
-
-    Cut: eps * max(m, p) * sigma_1(update), with eps = 2^-23, the rounding of a float32 product B A. If the update is
-    not `carried` but a difference of two stored float32 matrices, also eps * (sqrt m + sqrt p) * rms(tuned), a bound on
-    the spectral norm of the rounding of the stored entries. Without the cut an update of rank r would seem to have full
-    rank.
-    """
-    S = svd(update).S
-    rows, columns = update.shape
-    eps = torch.finfo(torch.float32).eps
-    floor = eps * max(rows, columns) * float(S[0])
-    if not carried:
-        floor += eps * (math.sqrt(rows) + math.sqrt(columns)) * float(tuned.square().mean().sqrt())
-    return S[floor < S]
 
 
 def matrix_seed(null_seed: int, name: str) -> int:

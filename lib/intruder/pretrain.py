@@ -124,6 +124,13 @@ def held_out_loss(model, tokenizer, settings: dict) -> float:
     return total / predicted
 
 
+def check_settings(settings: dict) -> None:
+    """Raise InputError for a setting that `NANO` does not have."""
+    unknown = set(settings) - set(NANO)
+    if unknown:
+        raise InputError(f"setting {sorted(unknown)[0]!r} is unknown; wanted one of {', '.join(NANO)}")
+
+
 def pretrain(out: str | Path, settings: dict | None = None, stop_after: int | None = None, progress: bool = True,
              command: str = "intruder pretrain nano") -> dict:
     """Pre-train the nano base and write `model.safetensors`, the tokenizer and `record.json` to the folder `out`.
@@ -132,9 +139,7 @@ def pretrain(out: str | Path, settings: dict | None = None, stop_after: int | No
     first losses with the committed record; nothing but the record is written then.  Returns the record.
     Raises InputError for an unknown setting, or if `out` cannot be written to or already holds a model.
     """
-    unknown = set(settings or {}) - set(NANO)
-    if unknown:
-        raise InputError(f"setting {sorted(unknown)[0]!r} is unknown; wanted one of {', '.join(NANO)}")
+    check_settings(settings or {})
     out, settings = Path(out), NANO | (settings or {})
     check_out(out)
     if (out / "model.safetensors").exists():

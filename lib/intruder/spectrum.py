@@ -1,5 +1,6 @@
 """Singular value decompositions on any device, of a matrix or of a factored update, and the effective rank."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,21 @@ def factored_svd(B: torch.Tensor, A: torch.Tensor, scale: float = 1.0) -> Spectr
     Q_A, R_A = torch.linalg.qr(A.to(dtype).mT)
     U, S, Vh = svd(float(scale) * (R_B @ R_A.mT))
     return Spectrum(Q_B @ U, S, Vh @ Q_A.mT)
+
+
+def above_rounding(S: torch.Tensor, shape: Sequence[int], stored: torch.Tensor | None = None) -> torch.Tensor:
+    """The singular values S (falling) of an update of shape (m, p) that are above the rounding of float32.
+
+    Cut: eps max(m, p) sigma_1, with eps = 2^-23, the rounding of a float32 product B A. If the update is the difference
+    of two matrices of which `stored` is one, also eps (sqrt m + sqrt p) rms(stored), a bound on the spectral norm of the
+    rounding of the stored entries. Without the cut an update of rank r would seem to have full rank. Zeros give none.
+    """
+    rows, columns = shape
+    eps = torch.finfo(torch.float32).eps
+    floor = eps * max(rows, columns) * float(S[0])
+    if stored is not None:
+        floor += eps * (rows**0.5 + columns**0.5) * float(stored.float().square().mean().sqrt())
+    return S[floor < S]
 
 
 def effective_rank(S: torch.Tensor) -> float:
